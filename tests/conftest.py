@@ -1,0 +1,89 @@
+"""What the tests share: the scripts as subprocesses, small corpora, and runs made once."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"),
+                  OMP_WAIT_POLICY="PASSIVE")  # threads that spin starve the other processes of a test
+
+import torch  # noqa: E402  after the thread count is set
+
+torch.set_num_threads(1)  # small models: two processes side by side gain more than two threads
+
+# A model that trains in milliseconds a step, on the recipe whose runs are comparable to 1e-5.
+SMALL = ("--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --total_batch_size 512 --max_steps 6 --eval_every 3 "
+         "--eval_tokens 2048 --sample_every 0 --checkpoint_every 0 --hellaswag_every 0 --no-compile --dtype float32 "
+         "--optimizer adamw --lr 1e-3 --schedule cosine --device cpu").split()
+
+
+def start(script, *args, torchrun=0, env=None, cwd=None):
+    """Starts a script of the repository; with `torchrun` as that many processes on this machine."""
+    command = [sys.executable]
+    if torchrun:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(torchrun)]
+    command += [str(ROOT / script), *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+                            env={**os.environ, **(env or {})})
+
+
+def run(script, *args, expect=0, timeout=300, **how):
+    """Runs a script to its end and returns (stdout, stderr). `expect`: the exit code, None for any."""
+    process = start(script, *args, **how)
+    out, err = process.communicate(timeout=timeout)
+    assert expect is None or process.returncode == expect, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def refused(script, *args, code=2, **how):
+    """Runs a script that must refuse: returns its one line of error."""
+    out, err = run(script, *args, expect=code, **how)
+    assert "Traceback" not in out + err, err
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]
+
+
+def log_lines(out_dir, kind):
+    lines = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def losses(out_dir):
+    return [line["loss"] for line in log_lines(out_dir, "train")]
+
+
+def write_shards(folder, ids, special):
+    generator = np.random.default_rng(0)
+    for i, (split, n) in enumerate([("val", 3000), ("train", 2500), ("train", 2111), ("train", 2900)]):
+        tokens = (generator.zipf(1.3, n) % ids).astype(np.uint16)
+        tokens[::97] = special
+        np.save(folder / f"edufineweb_{split}_{i:06d}.npy", tokens)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_shards(tmp_path_factory):
+    """Short shards of GPT-2 tokens as other people's scripts write them: no manifest."""
+    return write_shards(tmp_path_factory.mktemp("gpt2"), 50257, 50256)
+
+
+@pytest.fixture(scope="session")
+def small_shards(tmp_path_factory):
+    """The same of byte tokens: quicker to train on."""
+    folder = write_shards(tmp_path_factory.mktemp("bytes"), 256, 256)
+    (folder / "manifest.json").write_text('{"tokenizer": "byte", "vocab_size": 257}')
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text((ROOT / "input.txt").read_text()[:40_000])
+    return path

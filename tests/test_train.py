@@ -1,0 +1,219 @@
+"""Training from the command line: first runs, recipes, splits, resuming, errors."""
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fineweb
+import train_gpt2
+from conftest import ROOT, SMALL, log_lines, losses, refused, run
+from train_gpt2 import GPT, GPTConfig, TrainConfig
+
+
+def test_importing_does_nothing():
+    code = ("import sys, io; sys.path.insert(0, %r); import torch, builtins\n"
+            "real = builtins.open\n"
+            "def watched(path, mode='r', *a, **k):\n"
+            "    assert 'w' not in mode and not str(path).endswith(('.npy', 'input.txt', '.json')), path\n"
+            "    return real(path, mode, *a, **k)\n"
+            "builtins.open = watched\n"
+            "import train_gpt2, fineweb, hellaswag\n"
+            "heavy = {'datasets', 'transformers', 'tiktoken', 'wandb', 'tensorboard', 'matplotlib', 'pyarrow', 'safetensors'}\n"
+            "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+            "assert not torch.cuda.is_initialized()") % str(ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == done.stderr == "", done.stderr
+
+
+def test_tiny_learns_and_everything_around_it_works(tmp_path):
+    """The default run, shortened: falling validation losses, samples, a checkpoint, the command that samples from it."""
+    out, err = run("train_gpt2.py", "--max_steps", 60, "--eval_every", 20, "--eval_tokens", 8192, "--sample_every", 30,
+                   "--checkpoint_every", 30, "--out_dir", tmp_path / "log", cwd=ROOT)
+    vals = [line["loss"] for line in log_lines(tmp_path / "log", "val")]
+    assert len(vals) == 3 and vals[0] > vals[1] > vals[2] and vals[2] < 3.0
+    assert "data    input.txt" in out and "--preset" in out and "--device" in out
+    assert (tmp_path / "log/latest").is_symlink() and (tmp_path / "log/latest").resolve().name == "step_000060"
+    last = out.strip().splitlines()[-1]
+    assert "sample --checkpoint" in last
+    said = subprocess.run(last.strip().replace("python", sys.executable, 1) + " --max_new_tokens 20", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert said.returncode == 0 and said.stdout.startswith("ROMEO:") and len(said.stdout) > 15, said.stderr
+    first = json.loads((tmp_path / "log/log.jsonl").read_text().splitlines()[0])
+    assert first["kind"] == "config" and first["preset"] == "tiny" and first["max_steps"] == 60
+    keys = {"kind", "step", "loss", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second", "mfu"}
+    train = log_lines(tmp_path / "log", "train")
+    assert [line["step"] for line in train] == list(range(1, 61)) and all(set(line) == keys for line in train)
+    assert len(log_lines(tmp_path / "log", "sample")) == 2
+    out, _ = run("train_gpt2.py", "eval", "--checkpoint", tmp_path / "log/latest", "--eval_tokens", 8192,
+                 "--data", ROOT / "input.txt", env={"HF_DATASETS_OFFLINE": "1"})
+    assert "HellaSwag is left out" in out
+    loss, perplexity = map(float, re.search(r"validation loss ([\d.]+) nats a token, perplexity ([\d.]+)", out).groups())
+    assert loss == pytest.approx(vals[2], abs=1e-3) and perplexity == pytest.approx(math.exp(vals[2]), abs=0.02)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "train_state.pt"):
+        assert (tmp_path / "log/latest" / name).exists()
+
+
+def test_gpt2_preset_trains_its_real_parameters(tmp_path):
+    out, _ = run("train_gpt2.py", "--preset", "gpt2", "--data", ROOT / "input.txt", "--max_steps", 1, "--batch_size", 2,
+                 "--total_batch_size", 2048, "--eval_every", 0, "--sample_every", 0, "--checkpoint_every", 0,
+                 "--hellaswag_every", 0, "--no-compile", "--out_dir", tmp_path)
+    assert "124,439,808 parameters" in out
+    assert abs(losses(tmp_path)[0] - math.log(50257) - 0.15) < 0.1
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, small_shards):
+    """30 steps in one process, one micro-step each."""
+    out_dir = tmp_path_factory.mktemp("reference")
+    run("train_gpt2.py", *SMALL, "--data", small_shards, "--max_steps", 30, "--eval_every", 10, "--out_dir", out_dir / "log",
+        "--batch_size", 16)
+    return out_dir / "log"
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_losses_do_not_depend_on_the_split(batch_size, reference, small_shards, tmp_path):
+    run("train_gpt2.py", *SMALL, "--data", small_shards, "--max_steps", 30, "--eval_every", 10, "--batch_size", batch_size,
+        "--out_dir", tmp_path / "log")
+    assert len(losses(reference)) == 30
+    assert losses(tmp_path / "log") == pytest.approx(losses(reference), abs=1e-5)
+    vals = [[line["loss"] for line in log_lines(d, "val")] for d in (tmp_path / "log", reference)]
+    assert vals[0] == pytest.approx(vals[1], abs=1e-5)
+
+
+def test_validation_is_the_mean_over_a_fixed_set_of_tokens(small_shards):
+    """Against a loop over the windows one by one."""
+    corpus = train_gpt2.open_data(str(small_shards), fineweb.get_tokenizer("byte"), 32)[1]
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=32, vocab_size=257))
+    tokens = fineweb.read_shard(fineweb.list_shards(small_shards, "val")[0]).astype("int64")
+    world = train_gpt2.World("cpu")
+    rows = [torch.from_numpy(tokens[i * 32:i * 32 + 33])[None] for i in range(50)]
+    expected = torch.stack([model(r[:, :-1], r[:, 1:]).detach() for r in rows]).mean().item()
+    for batch_size in (1, 7, 64):
+        found = train_gpt2.validate(model, corpus, 50 * 32, batch_size, world, torch.float32)
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_schedules_against_their_formulas():
+    c = TrainConfig(lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
+    rate = [train_gpt2.learning_rate(step, c) for step in range(111)]
+    assert rate[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rate[10] == 1.0 and rate[110] == pytest.approx(0.1)
+    assert rate[60] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 0.5)) / 2)
+    c = TrainConfig(lr=1.0, min_lr=0.0, warmup_steps=10, max_steps=100, schedule="wsd", decay_fraction=0.4)
+    rate = [train_gpt2.learning_rate(step, c) for step in range(101)]
+    assert rate[10:60] == pytest.approx([1.0] * 50) and rate[80] == pytest.approx(0.5) and rate[100] == 0.0
+    assert train_gpt2.learning_rate(10**6, TrainConfig()) == pytest.approx(6e-5)  # lr / 10 where min_lr is left alone
+
+
+def test_decay_groups():
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=8, vocab_size=70, swiglu=True, qk_norm=True))
+    (adamw,) = train_gpt2.make_optimizers(model, TrainConfig(), "cpu")
+    decayed, plain = adamw.param_groups
+    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
+    assert all(p.ndim >= 2 for p in decayed["params"]) and all(p.ndim == 1 for p in plain["params"])
+    assert sum(len(g["params"]) for g in adamw.param_groups) == len(list(model.parameters()))
+    assert adamw.defaults["betas"] == (0.9, 0.95) and adamw.defaults["eps"] == 1e-8
+    adamw, muon = train_gpt2.make_optimizers(model, TrainConfig(optimizer="muon"), "cpu")
+    names = {id(p): n for n, p in model.named_parameters()}
+    moved = {names[id(p)] for g in muon.param_groups for p in g["params"]}
+    assert moved == {n for n, p in model.named_parameters() if n.startswith("h.") and p.ndim == 2}
+    assert sum(len(g["params"]) for o in (adamw, muon) for g in o.param_groups) == len(names)
+
+
+def test_a_step_equals_the_same_step_written_out(small_shards, tmp_path):
+    """Accumulated over micro-steps, against one batch, clipping and AdamW by the textbook."""
+    run("train_gpt2.py", *SMALL, "--data", small_shards, "--max_steps", 2, "--warmup_steps", 0, "--batch_size", 4, "--grad_clip", 0.1,
+        "--out_dir", tmp_path / "log", "--checkpoint_every", 1, "--min_lr", 1e-3, "--keep_checkpoints", 0)
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=257))
+    corpus = train_gpt2.open_data(str(small_shards), fineweb.get_tokenizer("byte"), 32)[0]
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()]
+    for step in (1, 2):
+        batch = corpus.batch([corpus.locate(i, 1337) for i in range((step - 1) * 16, step * 16)])
+        model.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+        with torch.no_grad():
+            for p, (m, v) in zip(model.parameters(), moments):
+                g = p.grad * min(1.0, 0.1 / norm)
+                m.mul_(0.9).add_(0.1 * g)
+                v.mul_(0.95).add_(0.05 * g * g)
+                p.mul_(1 - 1e-3 * (0.1 if p.ndim >= 2 else 0))
+                p -= 1e-3 * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+        line = log_lines(tmp_path / "log", "train")[step - 1]
+        assert line["loss"] == pytest.approx(loss.item(), abs=1e-5) and line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    saved = GPT.from_pretrained(tmp_path / "log/step_000002")
+    for (name, p), q in zip(saved.named_parameters(), model.parameters()):
+        assert torch.allclose(p, q, atol=2e-5), name
+
+
+def test_flags_of_every_kind(tmp_path, text_file):
+    short = [*SMALL[:8], "--total_batch_size=64", "--max_steps", "1", "--eval_every", "0", "--device", "cpu", "--data", text_file]
+    out, _ = run("train_gpt2.py", *short, "--rope=True", "--no_bias", "--rmsnorm", "--no-compile", "--swiglu", "FALSE",
+                 "--out_dir", tmp_path / "a", "--checkpoint_every=0", "--sample_every=0", "--hellaswag_every=0")
+    config = log_lines(tmp_path / "a", "config")[0]
+    assert (config["rope"], config["bias"], config["rmsnorm"], config["swiglu"], config["compile"]) == (True, False, True, False, False)
+    assert config["n_kv_head"] == 2  # follows n_head
+
+
+ERRORS = [
+    (["--max_stepz", "3"], "--max_steps"),
+    (["--lr", "fast"], "fast"),
+    (["--rope=maybe"], "maybe"),
+    (["--optimizer", "sgd"], "adamw, muon"),
+    (["--preset", "huge"], "gpt2-xl"),
+    (["--max_steps", "0"], "at least 1"),
+    (["--data", "nowhere"], "nowhere"),
+    (["--n_head", "3", "--n_embd", "32"], "divide"),
+    (["--n_head", "4", "--n_kv_head", "3"], "1, 2, 4"),
+    (["--total_batch_size", "1000"], "992 and 1024"),
+    (["--batch_size", "3"], "1, 2, 4"),
+    (["--device", "tpu"], "cpu"),
+    (["--dropout", "1.5"], "--dropout"),
+    (["--init_from", "./nowhere"], "nowhere"),
+    (["--seed", "-1"], "--seed"),
+    (["--resume", "nowhere"], "nowhere"),
+    (["train"], "train"),
+]
+
+
+@pytest.mark.parametrize("flags,says", ERRORS, ids=[" ".join(e[0]) for e in ERRORS])
+def test_bad_flags_are_one_line(flags, says, tmp_path, text_file):
+    small = ["--device", "cpu"] if "--init_from" in flags else SMALL
+    assert says in refused("train_gpt2.py", "--out_dir", tmp_path / "log", "--data", text_file, *small, *flags)
+    assert not (tmp_path / "log").exists()  # nothing was begun
+
+
+def test_bad_data_is_one_line(tmp_path, small_shards):
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("café".encode("latin1") * 1000)
+    assert "byte 3 is not UTF-8" in refused("train_gpt2.py", *SMALL, "--data", latin, "--out_dir", tmp_path / "log")
+    short = tmp_path / "short.txt"
+    short.write_text("To be, or not to be")
+    assert "fewer than one window" in refused("train_gpt2.py", *SMALL, "--data", short, "--out_dir", tmp_path / "log")
+    (tmp_path / "empty").mkdir()
+    assert "no train shards" in refused("train_gpt2.py", *SMALL, "--data", tmp_path / "empty", "--out_dir", tmp_path / "log")
+    line = refused("train_gpt2.py", *SMALL, "--data", small_shards, "--tokenizer", "gpt2", "--out_dir", tmp_path / "log")
+    assert "byte tokens" in line
+
+
+def test_trains_on_other_peoples_shards(gpt2_shards, tmp_path):
+    run("train_gpt2.py", *SMALL, "--data", gpt2_shards, "--out_dir", tmp_path)
+    assert log_lines(tmp_path, "config")[0]["vocab_size"] == 50257 and abs(losses(tmp_path)[0] - math.log(50257)) < 0.1
+
+
+def test_fine_tuning_takes_shape_and_tokenizer(tmp_path, text_file):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=257))
+    model.save_pretrained(tmp_path / "model", fineweb.get_tokenizer("byte"))
+    flags = ["--init_from", tmp_path / "model", "--data", text_file, "--max_steps", 2, "--sample_every", 0, "--device", "cpu"]
+    run("train_gpt2.py", *flags, "--out_dir", tmp_path / "log", "--block_size", 32)
+    config = log_lines(tmp_path / "log", "config")[0]
+    assert (config["n_embd"], config["block_size"], config["tokenizer"], config["lr"]) == (32, 32, "byte", 5e-5)
+    idx = torch.randint(0, 257, (1, 32))
+    assert torch.allclose(GPT.from_pretrained(tmp_path / "log/latest")(idx), model(idx), atol=0.05)
+    assert "takes its shape" in refused("train_gpt2.py", *flags, "--n_layer", 2, "--out_dir", tmp_path / "b")
