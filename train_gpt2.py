@@ -1398,6 +1398,8 @@ class Run:
                 f"{plural(self.batch_size, 'sequence')} x {plural(T, 'token')} (--total_batch_size, --batch_size)\n"
                 f"run     {c.max_steps:,} steps, {c.max_steps * c.total_batch_size / tokens:.2f} times through the data, "
                 f"logged and saved in {c.out_dir}/ (--max_steps, --out_dir)")
+        if transformers_type(self.model.config) == OWN_TYPE:
+            notes.append("Transformers has no such mixture of parts: only this script will read the checkpoints")
         for note in notes:
             w.print(f"note    {note}")
 
