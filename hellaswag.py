@@ -8,7 +8,7 @@ $ python hellaswag.py --model gpt2 --data hellaswag_val.jsonl --limit 1000
 The benchmark: Zellers et al. 2019, https://arxiv.org/abs/1905.07830. Two ways of counting are in use:
   completion  build-nanogpt's: the context as it stands, " " + ending tokenized on its own.
               acc: least summed loss; acc_norm: least loss per token of the ending. GPT-2 124M: 28.59 / 29.55
-  harness     lm-evaluation-harness's task "hellaswag": activity label, cleaned text, context and ending tokenized as one.
+  harness     lm-evaluation-harness's: activity label, cleaned text, context and ending tokenized as one.
               acc: least summed loss; acc_norm: least loss per character of the ending. GPT-2 124M: 28.92 / 31.14
 The last line printed is one JSON object.
 """
@@ -92,7 +92,7 @@ def load_examples(path=None, limit=0):
                     raise UserError(f"{where}: not JSON ({error}); one object a line is expected") from None
                 examples.append(check_example(example, where))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; --data takes a .jsonl file, without it the set is downloaded") from None
+        raise UserError(f"{path}: {error.strerror}; give a .jsonl file, or none to download the set") from None
     if not examples:
         raise UserError(f"{path}: no examples in it")
     return examples
@@ -208,8 +208,8 @@ def cut_into_runs(values, per_run, per_step):
     best = [(0, 0)]  # for the values before firsts[j]: the least cost, and where the last run begins
     for j in range(1, len(firsts)):
         stop = firsts[j]
-        best.append(min((best[i][0] + per_run + per_step * (sums[stop] - sums[start] - values[start] * (stop - start)), i)
-                        for i, start in enumerate(firsts[:j])))
+        excess = lambda start: sums[stop] - sums[start] - values[start] * (stop - start)
+        best.append(min((best[i][0] + per_run + per_step * excess(start), i) for i, start in enumerate(firsts[:j])))
     runs, j = [], len(firsts) - 1
     while j > 0:
         runs.append((firsts[best[j][1]], firsts[j]))
@@ -218,8 +218,8 @@ def cut_into_runs(values, per_run, per_step):
 
 
 def score_items(model, items, device, tokens, overhead):
-    """Summed losses of the four endings of each item: (len(items), 4) float64 on the CPU, in nats. The context runs
-    once; its last hidden state predicts the first token of the four endings, which then run as rows behind its cache."""
+    """Summed losses of the four endings of each item: (len(items), 4) float64 on the CPU, in nats. A context runs
+    once; its last state predicts the first token of the four endings, which then run as rows behind its cache."""
     shared = min(item.shared for item in items)
     cache = new_cache(model) if shared else None
     shared = shared if cache is not None else 0
@@ -289,7 +289,7 @@ def score(model, examples, encode, style, device):
     block_size = config_value(model, "block_size", "n_positions", "max_position_embeddings", "n_ctx", default=2048)
     items = [prepare(i, example, encode, style, block_size) for i, example in enumerate(examples)]
     # Tokens in one forward pass, and what starting one costs in tokens (a GPU waits for its launches).
-    tokens, overhead = (2048, 24) if device.type == "cpu" else (16384, 2048)
+    tokens, overhead = (2048, 40) if device.type == "cpu" else (16384, 2048)
     batches = list(batches_of(items, tokens, overhead))
     random.Random(0).shuffle(batches)  # so that the running accuracy is not that of the shortest contexts
     for batch in batches:
@@ -359,7 +359,7 @@ def pick_device(name):
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: no such device here; auto, cpu, cuda, cuda:1 and mps are what works") from None
+        raise UserError(f"--device {name}: no such device here; auto, cpu, cuda, cuda:1 or mps") from None
     return name
 
 

@@ -1104,7 +1104,7 @@ class RunLog:
 
     def __init__(self, world, config, step, description):
         self.path, self.active, self.wandb, self.board = Path(config.out_dir) / "log.jsonl", world.rank == 0, None, None
-        kept = [line for line in read_log(self.path) if line.get("step", 0) <= step] if step else []
+        kept = [line for line in read_log(self.path) if line.get("step", 0) <= step] if step and self.path.exists() else []
         self.done = {(line["kind"], line["step"]) for line in kept if line["kind"] not in ("config", "train")}
         self.best = min((line["loss"] for line in kept if line["kind"] == "val"), default=math.inf)
         if not self.active:
@@ -1330,6 +1330,10 @@ class Run:
             folder, state, self.model = found
             self.config, self.tokenizer = restore(given, state, self.model, folder)
             self.config.out_dir = given.get("out_dir", str(folder.parent))
+            newer = [p for p in list_checkpoints(self.config.out_dir) if int(p.name[5:]) > state["step"]]
+            if resume != "auto" and newer:
+                raise UserError(f"--resume {resume}: {newer[-1]} is newer; to go back to step {state['step']}, "
+                                f"delete what is newer or give another --out_dir")
             self.step = self.saved = state["step"]
             notes = [f"resumed from {folder} at step {state['step']}"]
         else:
