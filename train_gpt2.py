@@ -156,8 +156,8 @@ PRESETS = {  # what differs from the dataclasses' defaults; learning rates by si
     "modern": dict(rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False),
     "tiny": dict(n_layer=4, n_head=4, n_embd=128, block_size=128, tokenizer="byte",
                  rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False,
-                 total_batch_size=4096, max_steps=1000, lr=3e-3, warmup_steps=50, weight_decay=0.1,
-                 eval_every=250, eval_tokens=65536, sample_every=500, checkpoint_every=500, hellaswag_every=0,
+                 total_batch_size=4096, max_steps=400, lr=3e-3, warmup_steps=40, weight_decay=0.1,
+                 eval_every=100, eval_tokens=65536, sample_every=200, checkpoint_every=200, hellaswag_every=0,
                  compile=False),
 }
 
