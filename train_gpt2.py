@@ -24,6 +24,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 
@@ -866,15 +867,32 @@ class World:
 
     def __init__(self, device="auto"):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        self.device = pick_device(device, local_rank)
+        self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
         self.device_type = torch.device(self.device).type
         self.distributed = "RANK" in os.environ
         if self.device_type == "cuda":
             torch.cuda.set_device(self.device)
         if self.distributed:
-            dist.init_process_group("nccl" if self.device_type == "cuda" else "gloo")
+            store, *_ = next(dist.rendezvous("env://", self.rank, self.size))
+            dist.init_process_group("nccl" if self.device_type == "cuda" else "gloo", rank=self.rank, world_size=self.size,
+                                    store=dist.PrefixStore(self.agree_on_prefix(store), store))
+        # a node whose own workers were well restarts them without counting it
+        self.restarted = self.sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))) > 0
+
+    def agree_on_prefix(self, store):
+        """torchrun keeps one store over its restarts, with the addresses of processes that are dead: a prefix for the
+        keys of those that live. Rank 0 chooses it and answers every greeting that it finds, until all have been heard."""
+        own = os.urandom(8).hex()
+        if self.rank > 0:
+            store.set(f"greeting {self.rank}", own)
+            prefix = store.get(own).decode()
+            store.add(prefix, 1)
+            return prefix
+        while store.add(own, 0) < self.size - 1:
+            for greeting in store.multi_get([f"greeting {rank}" for rank in range(1, self.size)]):
+                store.set(greeting.decode(), own)
+            time.sleep(0.02)
+        return own
 
     def print(self, text):
         if self.rank == 0:
@@ -1348,7 +1366,9 @@ class Run:
         self.compiled = self.compile(notes)
         self.ddp = self.model
         if world.distributed:
-            self.ddp = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True, broadcast_buffers=False)
+            ddp = nn.parallel.DistributedDataParallel
+            sync = "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers"  # torch < 2.13
+            self.ddp = ddp(self.model, gradient_as_bucket_view=True, **{sync: False})
         self.optimizers = make_optimizers(self.model, config, world.device_type)
         self.scaler = torch.amp.GradScaler(world.device_type, enabled=self.dtype == torch.float16)
         self.loader = Loader(self.train_data, self.batch_size, world, config.seed)

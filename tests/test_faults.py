@@ -86,16 +86,20 @@ def test_a_finished_run_resumed_is_finished(uninterrupted, small_shards, tmp_pat
 
 
 def test_compiled_run_resumes_bit_for_bit(small_shards, tmp_path):
-    flags = [*[f for f in LONG if f != "--no-compile"], "--compile", "--max_steps", 9, "--checkpoint_every", 4, "--eval_every", 3,
-             "--sample_every", 0, "--data", small_shards]
+    flags = [*[f for f in LONG if f != "--no-compile"], "--compile", "--n_layer", 1, "--max_steps", 9, "--checkpoint_every", 4,
+             "--keep_checkpoints", 0, "--eval_every", 0, "--sample_every", 0, "--data", small_shards]
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     run("train_gpt2.py", *flags, "--out_dir", tmp_path / "whole", env=cache)
-    process = start("train_gpt2.py", *flags, "--out_dir", tmp_path / "log", env=cache)
-    wait_for(lambda: log_has_step(tmp_path / "log", 6), process)
-    kill(process)
+    resume_copy(tmp_path / "whole", 4, tmp_path / "log")
     out, _ = run("train_gpt2.py", *flags, "--out_dir", tmp_path / "log", "--resume", env=cache)
     assert "at step 4" in out and ", compiled" in out
     assert result(tmp_path / "log") == result(tmp_path / "whole")
+
+
+def resume_copy(run_dir, step, out_dir):
+    """What a run killed after this step's checkpoint would have left, had it logged on."""
+    shutil.copytree(run_dir / f"step_{step:06d}", out_dir / f"step_{step:06d}")
+    shutil.copy(run_dir / "log.jsonl", out_dir / "log.jsonl")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -121,9 +125,7 @@ def test_a_second_signal_stops_at_once(small_shards, tmp_path):
                       "train_gpt2.Run.train_step = step\n"
                       "fineweb.run_cli(train_gpt2.main)\n")
     process = start(driver, *LONG, "--data", small_shards, "--out_dir", tmp_path / "log")
-    for line in process.stdout:
-        if "in a step" in line:
-            break
+    wait_for(lambda: "in a step" in process.output()[0], process)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     assert process.poll() is None
@@ -154,8 +156,7 @@ def test_two_processes_equal_one(one_process, small_shards, tmp_path):
 
 
 def test_resumes_on_another_world_size(one_process, small_shards, tmp_path):
-    shutil.copytree(one_process / "step_000010", tmp_path / "log/step_000010")
-    shutil.copy(one_process / "log.jsonl", tmp_path / "log/log.jsonl")
+    resume_copy(one_process, 10, tmp_path / "log")
     out, _ = run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log", "--device", "cpu", torchrun=2)
     assert "at step 10" in out
     close(tmp_path / "log", one_process)
@@ -165,8 +166,7 @@ def test_muon_resumes_and_agrees_between_worlds(small_shards, tmp_path):
     flags = [*SMALL, "--optimizer", "muon", "--rope", "--rmsnorm", "--swiglu", "--qk_norm", "--no-bias", "--data", small_shards,
              "--checkpoint_every", 3, "--keep_checkpoints", 0]
     run("train_gpt2.py", *flags, "--out_dir", tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole/step_000003", tmp_path / "log/step_000003")
-    shutil.copy(tmp_path / "whole/log.jsonl", tmp_path / "log/log.jsonl")
+    resume_copy(tmp_path / "whole", 3, tmp_path / "log")
     run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log", "--device", "cpu")
     assert result(tmp_path / "log")[0] == result(tmp_path / "whole")[0]
     run("train_gpt2.py", *flags, "--out_dir", tmp_path / "two", torchrun=2)
@@ -306,7 +306,7 @@ def test_any_ranks_error_ends_all_with_its_message(small_shards, tmp_path):
 def test_bad_flags_under_torchrun_are_said_once(tmp_path):
     _, err = run("train_gpt2.py", "--max_stepz", 3, torchrun=2, expect=None)
     assert err.count("--max_stepz") == 1
-    _, err = run("train_gpt2.py", "--data", "nowhere", "--device", "cpu", torchrun=2, expect=None)
+    _, err = run("train_gpt2.py", "--data", "nowhere", "--device", "cpu", "--out_dir", tmp_path / "log", torchrun=2, expect=None)
     assert err.count("error: --data nowhere") == 1
 
 

@@ -7,8 +7,6 @@ import math
 import os
 import random
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,13 +17,8 @@ import torch.nn.functional as F
 
 import fineweb
 import hellaswag
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-torch.set_num_threads(1)  # tiny models: threads would only wait for each other
-try:
-    from train_gpt2 import GPT, GPTConfig
-except ImportError:  # finished when train_gpt2.py is there
-    from standin_gpt import GPT, GPTConfig
+from conftest import refused, run
+from train_gpt2 import GPT, GPTConfig
 
 WORDS = ("the a man woman boy dog is are was then and with into over across holding shows throws water paint snow "
          "wooden kitchen camera crowd ball rope bicycle hair slowly carefully quickly together again begins continues "
@@ -219,7 +212,7 @@ def run_rank(rank, world_size, folder):
 
 
 def test_two_ranks_count_as_one(tmp_path):
-    mp.spawn(run_rank, (2, str(tmp_path)), nprocs=2)
+    mp.start_processes(run_rank, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     for kind in ("gpt2", "llama", "ours"):
@@ -320,24 +313,16 @@ def save_folder(kind, folder):
     return model, tokenizer
 
 
-def command(*flags):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "hellaswag.py"), *map(str, flags)], capture_output=True,
-                          text=True, timeout=120)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
-
-
 @pytest.mark.parametrize("kind, style", [("gpt2", "completion"), ("llama", "harness")])
 def test_command_line(kind, style, tmp_path):
     model, tokenizer = save_folder(kind, tmp_path / "model")
     (tmp_path / "val.jsonl").write_text("".join(json.dumps(example) + "\n" for example in EXAMPLES[:30]))
-    done = command("--model", tmp_path / "model", "--data", tmp_path / "val.jsonl", "--style", style, "--limit", 20,
-                   "--dtype", "float32", "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    out, err = run("hellaswag.py", "--model", tmp_path / "model", "--data", tmp_path / "val.jsonl", "--style", style,
+                   "--limit", 20, "--dtype", "float32", "--device", "cpu")
+    result = json.loads(out.splitlines()[-1])
     assert list(result) == ["model", "style", "n", "acc", "acc_norm", "acc_stderr", "acc_norm_stderr", "truncated",
                             "examples_per_second"]
-    assert "acc_norm" in done.stderr  # the progress bar's running accuracy
+    assert "acc_norm" in err  # the progress bar's running accuracy
     with torch.no_grad():
         scores = [reference_scores(lambda idx: model(idx).logits, example, tokenizer.encode, style, 256)
                   for example in EXAMPLES[:20]]
@@ -355,6 +340,4 @@ def test_wrong_input_is_one_line(tmp_path):
     for flags, expected in ((["--model", folder, "--data", tmp_path / "val.jsonl"], "no config.json"),
                             (["--data", tmp_path / "bad.jsonl"], "bad.jsonl, line 1"),
                             (["--data", tmp_path / "none.jsonl"], "none.jsonl: No such file")):
-        done = command(*flags)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-        assert done.stderr.startswith("error: ") and expected in done.stderr, done.stderr
+        assert expected in refused("hellaswag.py", *flags)

@@ -31,7 +31,7 @@ def test_importing_does_nothing():
 
 def test_tiny_learns_and_everything_around_it_works(tmp_path):
     """The default run, shortened: falling validation losses, samples, a checkpoint, the command that samples from it."""
-    out, err = run("train_gpt2.py", "--max_steps", 60, "--eval_every", 20, "--eval_tokens", 8192, "--sample_every", 30,
+    out, err = run("train_gpt2.py", "--max_steps", 60, "--total_batch_size", 1024, "--eval_every", 20, "--eval_tokens", 8192, "--sample_every", 30,
                    "--checkpoint_every", 30, "--out_dir", tmp_path / "log", cwd=ROOT)
     vals = [line["loss"] for line in log_lines(tmp_path / "log", "val")]
     assert len(vals) == 3 and vals[0] > vals[1] > vals[2] and vals[2] < 3.0
@@ -57,8 +57,8 @@ def test_tiny_learns_and_everything_around_it_works(tmp_path):
 
 
 def test_gpt2_preset_trains_its_real_parameters(tmp_path):
-    out, _ = run("train_gpt2.py", "--preset", "gpt2", "--data", ROOT / "input.txt", "--max_steps", 1, "--batch_size", 2,
-                 "--total_batch_size", 2048, "--eval_every", 0, "--sample_every", 0, "--checkpoint_every", 0,
+    out, _ = run("train_gpt2.py", "--preset", "gpt2", "--data", ROOT / "input.txt", "--max_steps", 1, "--batch_size", 1,
+                 "--total_batch_size", 1024, "--eval_every", 0, "--sample_every", 0, "--checkpoint_every", 0,
                  "--hellaswag_every", 0, "--no-compile", "--out_dir", tmp_path)
     assert "124,439,808 parameters" in out
     assert abs(losses(tmp_path)[0] - math.log(50257) - 0.15) < 0.1
