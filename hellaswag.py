@@ -17,6 +17,7 @@ import contextlib
 import copy
 import inspect
 import json
+import logging
 import math
 import os
 import random
@@ -69,6 +70,7 @@ def load_examples(path=None, limit=0):
     examples = []
     if path is None:
         import datasets
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would tear a progress bar
 
         try:
             rows = datasets.load_dataset("Rowan/hellaswag", split="validation")

@@ -1320,6 +1320,26 @@ def largest_batch(model, sizes, world, dtype):
     return world.min(max(fitting))  # the same on all ranks
 
 
+def out_of_memory(run):
+    """The error for a run whose micro-step did not fit, naming a batch that does: tried, smaller and smaller."""
+    size, config = run.batch_size, run.model.config
+    moments = [torch.empty_like(p) for p in run.model.parameters() for _ in range(2)] if run.step == 0 else []  # still to come
+    for fitting in reversed([d for d in range(1, size) if (size * run.micro_steps) % d == 0 and d & (d - 1) == 0]):
+        run.model.zero_grad(set_to_none=True)
+        if run.world.device_type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            x = torch.zeros(fitting, config.block_size, dtype=torch.long, device=run.world.device)
+            with autocast(run.world.device_type, run.dtype), uncompiled():
+                run.model(x, x).backward()
+        except torch.OutOfMemoryError:
+            continue
+        return RunFailed(f"out of memory with --batch_size {size}; {fitting} fits: add --batch_size {fitting} (the tokens of a step, "
+                         f"and so the losses, stay the same); {newest(run.config.out_dir)}")
+    del moments
+    return RunFailed(f"out of memory with --batch_size {size}, and with 1; a smaller --block_size or model is needed")
+
+
 class StopRequest:
     """Notes SIGINT and SIGTERM; the training loop ends after the step at hand. A second one stops at once."""
 
@@ -1572,7 +1592,12 @@ def run_training(given, world):
         run.evaluate()
         if run.step >= run.config.max_steps:
             break
-        line, stopped = run.train_step()
+        try:
+            line, stopped = run.train_step()
+        except torch.OutOfMemoryError:
+            line = None
+        if line is None:  # outside of the handler, whose traceback holds the tensors
+            raise out_of_memory(run)
         run.log.write("train", run.step, **line)
         progress.update(line)
         if run.skipped == 10:

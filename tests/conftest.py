@@ -90,7 +90,7 @@ def refused(script, *args, code=2, **how):
     """Runs a script that must refuse: returns its one line of error."""
     out, err = run(script, *args, expect=code, **how)
     assert "Traceback" not in out + err, err
-    lines = [line for line in err.splitlines() if line.strip()]
+    lines = [line for line in err.splitlines() if line.strip() and not line.startswith("step ")]
     assert len(lines) == 1 and lines[0].startswith("error: "), err
     return lines[0]
 

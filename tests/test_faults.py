@@ -310,6 +310,21 @@ def test_bad_flags_under_torchrun_are_said_once(tmp_path):
     assert err.count("error: --data nowhere") == 1
 
 
+def test_out_of_memory_names_the_batch_that_fits(small_shards, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, fineweb, train_gpt2\n"
+                      "forward = train_gpt2.GPT.forward\n"
+                      "def small(self, idx, targets=None):\n"
+                      "    if idx.size(0) > 5:\n        raise torch.OutOfMemoryError('CUDA out of memory')\n"
+                      "    return forward(self, idx, targets)\n"
+                      "train_gpt2.GPT.forward = small\n"
+                      "fineweb.run_cli(train_gpt2.main)\n")
+    flags = [*SMALL, "--eval_every", 0, "--data", small_shards]
+    line = refused(driver, *flags, "--batch_size", 16, "--out_dir", tmp_path / "log", code=1)
+    assert "out of memory with --batch_size 16; 4 fits: add --batch_size 4" in line
+    run(driver, *flags, "--batch_size", 4, "--out_dir", tmp_path / "fits")
+
+
 @pytest.fixture
 def tiny_disk(tmp_path):
     """A file system of 4 MB."""

@@ -1,0 +1,728 @@
+"""
+Every table of the README, measured on the machine at hand: the baseline and the new code in one run.
+
+$ python tests/benchmark.py all                                 # everything; an hour or two on two CPU cores
+$ python tests/benchmark.py limit                               # what this machine's matmuls, attention and copies allow
+$ python tests/benchmark.py ladder --memory_limit_gb 16         # from 2019's script to this one, step by step, as on a 16 GB card
+$ python tests/benchmark.py heads                               # ways to compute the loss of 50,304 columns
+$ python tests/benchmark.py memory                              # peak by batch size
+$ python tests/benchmark.py loader                              # how long a step waits for its input
+$ python tests/benchmark.py tokenize                            # fineweb.py
+$ python tests/benchmark.py architecture                        # the modern parts, at T = 1024 and 8192
+$ python tests/benchmark.py hellaswag                           # hellaswag.py
+$ python tests/benchmark.py recipe                              # loss against tokens; picture: assets/recipe.png
+
+Tables are Markdown; --json FILE keeps the rows too. Each row runs in a process of its own, so that its peak memory is
+its own. Timings are medians over steps; on a machine that others share, compare within one run only.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import fineweb  # noqa: E402
+import hellaswag  # noqa: E402
+import train_gpt2  # noqa: E402
+from train_gpt2 import GPT, GPTConfig, TrainConfig, autocast, make_optimizers, pick_dtype  # noqa: E402
+
+GPT2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024)
+
+
+def isolated(function, **arguments):
+    """The dict that function(**arguments) returns from a process of its own, with that process's peak memory; None
+    where it ran out of memory."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measured, function, arguments).result()
+
+
+def measured(function, arguments):
+    limit, device = arguments.pop("memory_limit_gb", 0), arguments.get("device", "cpu")
+    if limit and device.startswith("cuda"):
+        torch.cuda.set_per_process_memory_fraction(limit * 2**30 / torch.cuda.get_device_properties(device).total_memory)
+    before = peak_memory(device)
+    try:
+        result = function(**arguments)
+    except torch.OutOfMemoryError:
+        return None
+    return result | {"peak_gb": round((peak_memory(device) - (0 if device.startswith("cuda") else before)) / 2**30, 2)}
+
+
+def peak_memory(device):
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def synchronize(device):
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def seconds_of(function, device, repeats=5):
+    """The median time of a call, after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        synchronize(device)
+        started = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def table(title, rows):
+    """Prints rows (dicts with the same keys) in Markdown."""
+    shown = [{k: f"{v:,.4g}" if isinstance(v, float) and abs(v) < 1000 else f"{v:,.0f}" if isinstance(v, (int, float)) else
+              "–" if v is None else str(v) for k, v in row.items()} for row in rows]
+    print(f"\n**{title}**\n")
+    for line in [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in shown)]:
+        print("| " + " | ".join(line) + " |")
+    print(flush=True)
+    return {"title": title, "rows": rows}
+
+
+def chip(device):
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
+    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"
+
+# -----------------------------------------------------------------------------
+# training speed: the limit, the ladder, the heads, memory, the loader
+
+def limits(device, dtype, batch_size):
+    """Seconds that the matmuls and the attention of one micro-step of GPT-2 124M take, each alone, and copy bandwidth."""
+    dtype = getattr(torch, dtype)
+    N, C, V, T = batch_size * 1024, 768, 50304, 1024
+    seconds, flops = {}, 0
+    for name, inside, outside, count in (("attention in", C, 3 * C, 12), ("attention out", C, C, 12), ("mlp in", C, 4 * C, 12),
+                                         ("mlp out", 4 * C, C, 12), ("head", C, V, 1)):
+        x, w = torch.randn(N, inside, device=device, dtype=dtype), torch.randn(outside, inside, device=device, dtype=dtype)
+        g = torch.randn(N, outside, device=device, dtype=dtype)
+        seconds[name] = count * sum(seconds_of(f, device, 3) for f in (lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x))
+        flops += count * 6 * N * inside * outside
+        del x, w, g
+    q, k, v = (torch.randn(batch_size, 12, T, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    ones = torch.ones_like(q)
+    matmul_seconds = sum(seconds.values())
+    seconds["SDPA"] = 12 * seconds_of(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(ones), device, 3)
+    big = torch.zeros(2**26, device=device)  # 256 MB
+    out = torch.empty_like(big)
+    return {"matmul_tflops": flops / matmul_seconds / 1e12, "copy_gb_s": 2 * big.numel() * 4 / seconds_of(lambda: out.copy_(big), device) / 1e9,
+            "matmul_s": matmul_seconds, "sdpa_s": seconds["SDPA"], "tokens_per_second": N / sum(seconds.values())}
+
+
+def limit(args):
+    row = isolated(limits, device=args.device, dtype=args.dtype, batch_size=args.batch_size)
+    row = {"chip": chip(args.device), "dtype": args.dtype, **{k: v for k, v in row.items() if k != "peak_gb"}}
+    return [table(f"The machine's own limit for GPT-2 124M, B={args.batch_size}, T=1024: matmuls and SDPA alone", [row])]
+
+
+def materialised_attention(q, k, v, dropout):
+    """With the (T, T) matrix in memory, as before flash attention."""
+    T = q.size(2)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+    causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    return scores.masked_fill(~causal, -torch.inf).softmax(dim=-1) @ v
+
+
+def plain_loss(x, weight, targets, vocab_size, chunks, need_grad):
+    """All the logits, then the cross-entropy."""
+    logits = x @ weight.T.to(x.dtype)
+    return F.cross_entropy(logits[:, :vocab_size].float(), targets, ignore_index=-1, reduction="sum")
+
+
+def checkpointed_loss(x, weight, targets, vocab_size, chunks, need_grad):
+    """Chunk by chunk, each computed again for its backward pass."""
+    from torch.utils.checkpoint import checkpoint
+    return sum(checkpoint(plain_loss, xc, weight, tc, vocab_size, 1, need_grad, use_reentrant=False)
+               for xc, tc in zip(x.chunk(chunks), targets.chunk(chunks)))
+
+
+def training_speed(device, batch_size, accumulation=1, steps=3, dtype="float32", tf32=True, compiled=False, attention="sdpa",
+                   padded=True, optimizer="fused", head="chunked", shape=GPT2):
+    """Steps of GPT-2 on random tokens, with parts exchanged for those of older scripts."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if attention == "materialised":
+        train_gpt2.full_attention = materialised_attention
+    if not padded:
+        GPTConfig.padded_vocab_size = property(lambda config: config.vocab_size)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**shape)).to(device)
+    if head == "plain":
+        model.loss_sum = plain_loss
+    if compiled:
+        model.compile()
+    optimizers = make_optimizers(model, TrainConfig(), device.split(":")[0])
+    if optimizer == "loop":
+        optimizers = [torch.optim.AdamW(o.param_groups, lr=6e-4, betas=(0.9, 0.95), foreach=False) for o in optimizers]
+    T = shape["block_size"]
+    batches = torch.randint(0, 50257, (accumulation, 2, batch_size, T), device=device)
+
+    def step():
+        for x, y in batches:
+            with autocast(device.split(":")[0], getattr(torch, dtype)):
+                loss = model(x, y)
+            (loss / accumulation).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        for o in optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+
+    synchronize(device)
+    started = time.perf_counter()
+    step()
+    first = time.perf_counter() - started
+    seconds = seconds_of(step, device, steps)
+    tokens = accumulation * batch_size * T
+    flops = train_gpt2.peak_flops(device.split(":")[0])
+    return {"tokens_per_second": tokens / seconds, "ms": 1000 * seconds, "start_s": first - seconds,
+            "mfu": tokens / seconds * train_gpt2.flops_per_token(model) / flops if flops else None}
+
+
+def ladder(args):
+    """The steps in the order in which build-nanogpt takes them, then what comes after."""
+    cuda, native = args.device.startswith("cuda"), args.dtype
+    state = dict(dtype="float32", tf32=False, compiled=False, attention="materialised", padded=False, optimizer="loop", head="plain")
+    rungs = [("2019: fp32, eager, materialised attention, 50,257 columns, AdamW in a loop", {}),
+             *([("+ TF32", dict(tf32=True))] if cuda else []),
+             *([(f"+ {native}", dict(dtype=native))] if native != "float32" else []),
+             ("+ torch.compile", dict(compiled=True)), ("+ flash attention (SDPA)", dict(attention="sdpa")),
+             ("+ 50,304 columns", dict(padded=True)), ("+ fused AdamW", dict(optimizer="fused")), ("+ chunked head", dict(head="chunked"))]
+    peer = dict(dtype=native, attention="sdpa", padded=True, head="plain", optimizer="fused" if cuda else "loop", compiled=cuda)
+    common = dict(device=args.device, accumulation=args.accumulation, steps=args.steps, memory_limit_gb=args.memory_limit_gb)
+    rows = []
+
+    def measure(name, batch_size, parts):
+        row = isolated(training_speed, batch_size=batch_size, **common, **parts)
+        if row:
+            first = rows[0]["tokens_per_second"] if rows else row["tokens_per_second"]
+            rows.append({"step": name, "batch": batch_size, **row, "times the first": row["tokens_per_second"] / first})
+            print(rows[-1], file=sys.stderr, flush=True)
+        return row
+
+    batch = args.batch_size
+    while not measure(rungs[0][0], batch, state):  # the baseline's batch is the largest that fits
+        batch //= 2
+    for name, change in rungs[1:]:
+        state |= change
+        measure(name, batch, state)
+    if cuda:
+        larger = batch
+        while larger < 64 and measure(f"+ batch {2 * larger}", 2 * larger, state):
+            larger *= 2
+    measure("build-nanogpt's script (its parts, in this harness)", batch, peer)
+    bound = isolated(limits, device=args.device, dtype=native, batch_size=batch)["tokens_per_second"]
+    rows.append(dict.fromkeys(rows[0]) | {"step": "bound: matmuls and SDPA alone", "batch": batch, "tokens_per_second": bound,
+                                          "times the first": bound / rows[0]["tokens_per_second"]})
+    return [table(f"GPT-2 124M, T=1024, {args.accumulation} micro-steps, {chip(args.device)}", rows)]
+
+
+def head_speed(device, dtype, batch_size, head, compiled):
+    N, V = batch_size * 1024, 50257
+    torch.manual_seed(0)
+    x = torch.randn(N, 768, device=device, requires_grad=True)
+    weight = (torch.randn(50304, 768, device=device) * 0.02).requires_grad_()
+    targets = torch.randint(0, V, (N,), device=device)
+    function = {"plain": plain_loss, "checkpointed chunks": checkpointed_loss, "gradient in the forward pass": train_gpt2.ChunkedCrossEntropy.apply,
+                "F.linear_cross_entropy": getattr(F, "linear_cross_entropy", None)}[head]
+    if head == "F.linear_cross_entropy":
+        def function(x, weight, targets, vocab_size, chunks, need_grad):
+            return F.linear_cross_entropy(x, weight[:vocab_size].to(x.dtype), targets, reduction="sum")
+    if compiled:
+        function = torch.compile(function, dynamic=False)
+
+    def step():
+        x.grad = weight.grad = None
+        with autocast(device.split(":")[0], getattr(torch, dtype)):
+            loss = function(x.to(getattr(torch, dtype)), weight, targets, V, max(1, N * 50304 // 2**26), True)
+        loss.backward()
+    return {"ms": 1000 * seconds_of(step, device, 3)}
+
+
+def heads(args):
+    rows = []
+    for head in ("plain", "checkpointed chunks", "gradient in the forward pass", "F.linear_cross_entropy"):
+        for compiled in (False, True):
+            try:
+                row = isolated(head_speed, device=args.device, dtype=args.dtype, batch_size=args.batch_size, head=head, compiled=compiled)
+            except Exception as error:  # not in this torch, or not to be compiled
+                print(f"{head}, compiled={compiled}: {str(error)[:200]}", file=sys.stderr)
+                continue
+            rows.append({"head": head, "compiled": "yes" if compiled else "no", **(row or {"ms": None, "peak_gb": None})})
+    return [table(f"The head's forward and backward pass, {args.batch_size * 1024:,} tokens, 50,304 columns, {args.dtype}, {chip(args.device)}", rows)]
+
+
+def memory(args):
+    rows, size = [], 1
+    while size <= args.batch_size:
+        both = [isolated(training_speed, device=args.device, batch_size=size, steps=1, dtype=args.dtype, memory_limit_gb=args.memory_limit_gb,
+                         **parts) for parts in (dict(head="plain", optimizer="loop"), dict(compiled=True))]
+        rows.append({"batch": size, "eager, all logits: GB": both[0] and both[0]["peak_gb"], "compiled, chunked: GB": both[1] and both[1]["peak_gb"]})
+        size *= 2
+    return [table(f"Peak memory of a step, GPT-2 124M, T=1024, {args.dtype}, {chip(args.device)}", rows)]
+
+
+def loader(args):
+    """The default run, timed inside: how much of a step is spent in next_batch, and outside the step."""
+    with tempfile.TemporaryDirectory() as folder:
+        world = train_gpt2.World(args.device)
+        given = dict(preset="tiny", data=str(ROOT / "input.txt"), out_dir=folder, max_steps=40, eval_every=0, sample_every=0,
+                     checkpoint_every=0, quiet=True, device=args.device)
+        waited, real = [], train_gpt2.Loader.next_batch
+
+        def timed(self):
+            started = time.perf_counter()
+            batch = real(self)
+            waited.append(time.perf_counter() - started)
+            return batch
+        train_gpt2.Loader.next_batch = timed
+        started = time.perf_counter()
+        train_gpt2.run_training(given, world)
+        total = time.perf_counter() - started
+        lines = [line for line in train_gpt2.read_log(Path(folder) / "log.jsonl") if line["kind"] == "train"]
+    step = statistics.median(line["seconds"] for line in lines)
+    wait = statistics.median(waited)
+    return [table("Waiting for input (medians of 40 steps of the default run)",
+                  [{"step, ms": 1000 * step, "of it in next_batch, ms": 1000 * wait, "share": f"{wait / step:.2%}", "whole run, s": total}])]
+
+# -----------------------------------------------------------------------------
+# the modern parts
+
+ARCHITECTURES = {
+    "standard": {}, "+ RoPE": dict(rope=True), "+ GQA (2 of 8 heads)": dict(rope=True, n_kv_head=2),
+    "+ sliding window (512)": dict(rope=True, n_kv_head=2, window=512), "RMSNorm alone": dict(rmsnorm=True),
+    "SwiGLU alone": dict(swiglu=True), "modern": dict(rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False),
+    "sliding window alone (512)": dict(window=512)}
+
+
+def architecture_run(device, dtype, flags, T, tokens, compiled):
+    """4 layers of 256 on input.txt, 8,192 byte tokens a step."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = dict(preset="tiny", data=str(ROOT / "input.txt"), out_dir=folder, n_layer=4, n_embd=256, n_head=8, block_size=T,
+                     total_batch_size=8192, max_steps=tokens // 8192, lr=2e-3, optimizer="adamw", schedule="cosine", zero_init=False,
+                     warmup_steps=2, eval_every=10**6, eval_tokens=65536, sample_every=0, checkpoint_every=0, quiet=True, device=device,
+                     dtype=dtype, compile=compiled, **(dict(rope=False, rmsnorm=False, swiglu=False, qk_norm=False, bias=True) | flags))
+        world = train_gpt2.World(device)
+        train_gpt2.run_training(given, world)
+        lines = train_gpt2.read_log(Path(folder) / "log.jsonl")
+    speeds = [line["tokens_per_second"] for line in lines if line["kind"] == "train"]
+    loss = next(line["loss"] for line in lines if line["kind"] == "val")
+    config = lines[0]
+    model = GPT(GPTConfig(**{f: config[f] for f in GPTConfig.__dataclass_fields__ if f in config}))
+    kept = min(T, config["window"] or T)
+    return {"parameters": model.num_parameters(), "tokens_per_second": statistics.median(speeds[1:]),
+            "KV cache, kB": 2 * 4 * kept * config["n_layer"] * config["n_kv_head"] * config["head_dim"] / 1024,
+            "val loss": loss, "perplexity": math.exp(loss)}
+
+
+def architecture(args):
+    tables = []
+    for T in (1024, 8192):
+        rows = []
+        for name, flags in ARCHITECTURES.items():
+            row = isolated(architecture_run, device=args.device, dtype=args.dtype, flags=flags, T=T, tokens=args.tokens, compiled=args.device.startswith("cuda"))
+            rows.append({"model": name, **row})
+            print(rows[-1], file=sys.stderr, flush=True)
+        first = rows[0]["tokens_per_second"]
+        rows = [{**row, "speed": f"{row['tokens_per_second'] / first:.2f}x"} for row in rows]
+        tables.append(table(f"4 layers x 256, 8 heads, T={T}, {args.tokens:,} byte tokens of input.txt, {args.dtype}, {chip(args.device)}", rows))
+    return tables
+
+# -----------------------------------------------------------------------------
+# fineweb.py
+
+SHARD_SIZE = 5_000_000
+
+# What build-nanogpt's fineweb.py does, written from its description: every document goes alone through Pool.imap, with
+# half the cores and chunks of 16, comes back as an array, and is copied into a buffer of one shard.
+PEER = """
+import multiprocessing, os, sys
+import datasets, numpy as np
+sys.path.insert(0, ROOT)
+import fineweb
+
+encoding = fineweb.get_tokenizer("gpt2").encoding
+
+def tokens_of(document):
+    ids = np.array([50256] + encoding.encode_ordinary(document["text"]))
+    assert (0 <= ids).all() and (ids < 2**16).all()
+    return ids.astype(np.uint16)
+
+if __name__ == "__main__":
+    files, out, shard_size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    documents = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=out + "/cache")
+    buffer, filled, shard = np.empty(shard_size, dtype=np.uint16), 0, 0
+
+    def save():
+        np.save(f"{out}/edufineweb_{'train' if shard else 'val'}_{shard:06d}.npy", buffer[:filled])
+
+    with multiprocessing.Pool(max(1, os.cpu_count() // 2)) as pool:
+        for ids in pool.imap(tokens_of, documents, chunksize=16):
+            while len(ids) > shard_size - filled:
+                room = shard_size - filled
+                buffer[filled:], filled = ids[:room], shard_size
+                save()
+                ids, filled, shard = ids[room:], 0, shard + 1
+            buffer[filled:filled + len(ids)] = ids
+            filled += len(ids)
+    save()
+"""
+
+# tiktoken alone, one process for each core, the texts already in its memory: no program can do better with it.
+BOUND = """
+import glob, multiprocessing, os, sys, time
+sys.path.insert(0, ROOT)
+import fineweb
+from pyarrow import parquet
+
+def encode(part):
+    encoding, parts = fineweb.get_tokenizer("gpt2").encoding, os.cpu_count()
+    texts = [text for path in sorted(glob.glob(sys.argv[1])) for text in parquet.read_table(path, columns=["text"])["text"].to_pylist()]
+    barrier.wait()
+    begun = time.time()
+    tokens = sum(len(encoding.encode_ordinary(text)) + 1 for text in texts[part::parts])
+    return tokens, time.time() - begun
+
+def start(shared):
+    global barrier
+    barrier = shared
+
+if __name__ == "__main__":
+    parts = os.cpu_count()
+    with multiprocessing.Pool(parts, start, (multiprocessing.Barrier(parts),)) as pool:
+        results = pool.map(encode, range(parts), chunksize=1)
+    print(sum(tokens for tokens, _ in results), max(seconds for _, seconds in results))
+"""
+
+
+def documents(megabytes, seed=0):
+    """English-like documents of a few thousand characters: a Markov chain over the words of the corpus, with one word in
+    twenty made up, because real text never runs out of new ones."""
+    with open(ROOT / "input.txt", encoding="utf-8") as f:
+        words = re.findall(r"\S+\s*", f.read())
+    follow = {}
+    for word, after in zip(words, words[1:]):
+        follow.setdefault(word, []).append(after)
+    rng, word, written = random.Random(seed), words[0], 0
+    syllables = "ba con de er fi gra ho in ka lum mo nor pri qui re sta tion ur ve wi xa y 1 20 99 ’s é".split()
+    while written < megabytes * 1e6:
+        text = []
+        for _ in range(int(rng.lognormvariate(6.2, 0.8)) + 20):
+            word = rng.choice(follow.get(word, words))
+            text.append("".join(rng.choices(syllables, k=rng.randrange(2, 5))) + " " if rng.random() < 0.05 else word)
+        text = "".join(text)
+        written += len(text.encode())
+        yield text
+
+
+def write_files(folder, megabytes, n=4):
+    """Parquet files with FineWeb-Edu's columns; returns the bytes of text in them."""
+    import pyarrow as pa
+    from pyarrow import parquet
+    texts = list(documents(megabytes))
+    for i in range(n):
+        part = texts[i::n]
+        k = len(part)
+        parquet.write_table(pa.table({
+            "text": part, "id": [f"<urn:uuid:{j}>" for j in range(k)], "dump": ["CC-MAIN-2024-10"] * k,
+            "url": ["https://example.org"] * k, "file_path": ["s3://x"] * k, "language": ["en"] * k, "language_score": [0.9] * k,
+            "token_count": [len(text) // 4 for text in part], "score": [3.0] * k, "int_score": [3] * k}),
+            os.path.join(folder, f"{i:03d}.parquet"), row_group_size=1000)
+    return sum(len(text.encode()) for text in texts)
+
+
+def resident(pid):
+    """MiB that a process and its descendants hold; pages that they share count once."""
+    total = 0
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as f:
+            total += int(re.search(r"Pss:\s*(\d+)", f.read())[1]) / 1024
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children") as f:
+                total += sum(map(resident, f.read().split()))
+    except (OSError, TypeError):  # it has just ended, or this system tells nothing
+        pass
+    return total
+
+
+def timed(command):
+    """(seconds, peak MiB) of a command and all its processes."""
+    begun, peak = time.time(), 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        peak = max(peak, resident(process.pid))
+        time.sleep(0.1)
+    if process.returncode:
+        raise RuntimeError(f"{command} ended with exit code {process.returncode}")
+    return time.time() - begun, round(peak)
+
+
+def tokenize_rows(megabytes, repeats=2):
+    """One row for each method, the best of `repeats` alternating runs: method, tokens_per_s, MB_per_s, seconds,
+    peak_rss_mb (all processes together), ratio (to the peer's speed). Raises if the tokens differ."""
+    import numpy as np
+    folder = tempfile.mkdtemp(dir=os.environ.get("BENCH_DIR"))
+    try:
+        size = write_files(folder, megabytes)
+        pattern, best, streams = os.path.join(folder, "*.parquet"), {}, {}
+        peer, bound = os.path.join(folder, "peer.py"), os.path.join(folder, "bound.py")
+        for path, code in ((peer, PEER), (bound, BOUND)):
+            with open(path, "w", encoding="utf-8") as f:
+                f.write(code.replace("ROOT", repr(str(ROOT))))
+        peer_out, our_out = os.path.join(folder, "peer"), os.path.join(folder, "ours")
+        commands = {"imap of documents": (peer_out, [sys.executable, peer, pattern, peer_out, str(SHARD_SIZE)]),
+                    "fineweb.py": (our_out, [sys.executable, str(ROOT / "fineweb.py"), "--files", pattern, "--out", our_out,
+                                             "--shard_size", str(SHARD_SIZE)])}
+        for _ in range(repeats):
+            for method, (out, command) in commands.items():
+                shutil.rmtree(out, ignore_errors=True)
+                os.mkdir(out)
+                best[method] = min(best.get(method, (1e9, 0)), timed(command))
+                paths = fineweb.list_shards(out, "val") + fineweb.list_shards(out, "train")
+                streams[method] = np.concatenate([fineweb.read_shard(path) for path in paths])
+            printed = subprocess.check_output([sys.executable, bound, pattern], text=True).split()
+            best["tiktoken alone, all cores"] = min(best.get("tiktoken alone, all cores", (1e9, None)), (float(printed[1]), None))
+        first, second = streams.values()
+        if not np.array_equal(first, second) or int(printed[0]) != len(first):
+            raise AssertionError("the methods do not give the same tokens")
+        return [{"method": method, "tokens_per_s": round(len(first) / seconds), "MB_per_s": round(size / 1e6 / seconds, 1),
+                 "seconds": round(seconds, 2), "peak_rss_mb": peak, "ratio": round(best["imap of documents"][0] / seconds, 2)}
+                for method, (seconds, peak) in best.items()]
+    finally:
+        shutil.rmtree(folder)
+
+
+def tokenize(args):
+    return [table(f"Tokenizing {args.megabytes} MB of parquet on {os.cpu_count()} cores", tokenize_rows(args.megabytes))]
+
+# -----------------------------------------------------------------------------
+# hellaswag.py
+
+BLOCKS, HEAD = 85.0e6, 38.6e6  # GPT-2 124M: parameters that multiply every token, and every scored position
+
+
+def realistic_examples(n, encode, seed=0):
+    """n examples with the validation set's shape: contexts of about 25 tokens and endings of about 14, both spread."""
+    rng = random.Random(seed)
+    words = [word for word in ("the a man woman is are was and with into over across holding water paint snow kitchen "
+                               "camera crowd ball rope hair slowly then begins to clean cut place your of in on it he "
+                               "she they while behind").split() if len(encode(" " + word)) == 1]
+
+    def text(mean, spread, low, high):
+        return " ".join(rng.choice(words) for _ in range(round(min(max(rng.gauss(mean, spread), low), high))))
+    examples = []
+    for _ in range(n):
+        middle = rng.gauss(13, 5)  # the four endings of an example resemble each other in length
+        ctx = text(*rng.choice([(14, 6), (36, 12)]), 4, 90)
+        examples.append({"ctx": ctx, "ctx_a": ctx, "ctx_b": "", "activity_label": "Cleaning windows",
+                         "label": rng.randrange(4), "endings": [text(middle, 4, 2, 45) for _ in range(4)]})
+    return examples
+
+
+@torch.no_grad()
+def one_at_a_time(model, examples, encode):
+    """build-nanogpt's way: the four rows of an example padded to the longest, fp32, all the logits and their losses.
+    -> (seconds, predictions by mean loss, examples)"""
+    started, predictions = time.perf_counter(), []
+    for example in examples:
+        context, endings = encode(example["ctx"]), [encode(" " + ending) for ending in example["endings"]]
+        width = len(context) + max(map(len, endings))
+        tokens, mask = torch.zeros(4, width, dtype=torch.long), torch.zeros(4, width)
+        for i, ending in enumerate(endings):
+            tokens[i, :len(context) + len(ending)] = torch.tensor(context + ending)
+            mask[i, len(context):len(context) + len(ending)] = 1
+        logits = model(tokens).logits[:, :-1].contiguous()
+        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(4, -1)
+        mask = mask[:, 1:].contiguous()
+        predictions.append(int(((losses * mask).sum(1) / mask.sum(1)).argmin()))
+    return time.perf_counter() - started, predictions
+
+
+def matmul_rate():
+    """Multiply-adds this machine does, in FLOP/s: the best of the model's largest products."""
+    rates = []
+    for rows, inside, outside in ((2048, 768, 3072), (2048, 3072, 768), (512, 768, 50257)):
+        a, b = torch.randn(rows, inside), torch.randn(outside, inside)
+        for _ in range(4):
+            started = time.perf_counter()
+            F.linear(a, b)
+            rates.append(2 * rows * inside * outside / (time.perf_counter() - started))
+    return max(rates)
+
+
+def hellaswag_rows(n=120, compare=12, dtypes=("float32",), rounds=2):
+    """-> rows {method, dtype, examples_per_s, ratio}. Ours scores n examples, the one-at-a-time method the first
+    `compare` of them, in turns: the speed of a machine that others share drifts. ratio is to the one-at-a-time method.
+    The last row is the floor: the operations that ours cannot do without, at the measured matmul rate."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = fineweb.get_tokenizer("gpt2")
+    examples = realistic_examples(n, tokenizer.encode)
+    model = GPT2LMHeadModel(GPT2Config()).eval()
+    ours, seconds, rates = {}, dict.fromkeys(dtypes, 0.0), []
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for dtype in dtypes:  # as `hellaswag.py --model` opens it
+            opened, encode = hellaswag.open_model(folder, "completion")
+            ours[dtype] = opened.to(getattr(torch, dtype))
+            hellaswag.evaluate(ours[dtype], examples[:4], encode)
+    one_at_a_time(model, examples[:2], tokenizer.encode)
+    alone = one_at_a_time(model, examples[:compare], tokenizer.encode)[0]
+    for _ in range(rounds):
+        rates.append(matmul_rate())
+        for dtype in dtypes:
+            started = time.perf_counter()
+            hellaswag.evaluate(ours[dtype], examples, encode)
+            seconds[dtype] += time.perf_counter() - started
+        alone += one_at_a_time(model, examples[:compare], tokenizer.encode)[0]
+    base = compare * (rounds + 1) / alone
+    speeds = {dtype: n * rounds / seconds[dtype] for dtype in dtypes}
+    read = scored = 0
+    for example in examples:
+        lengths = [len(tokenizer.encode(" " + ending)) for ending in example["endings"]]
+        read += len(tokenizer.encode(example["ctx"])) + sum(lengths) - 4  # an ending's last token is never read
+        scored += sum(lengths)
+    floor = n * max(rates) / (2 * BLOCKS * read + 2 * HEAD * scored)
+    return [{"method": "one at a time, padded", "dtype": "float32", "examples_per_s": base, "ratio": 1.0},
+            *({"method": "ours", "dtype": dtype, "examples_per_s": speed, "ratio": speed / base}
+              for dtype, speed in speeds.items()),
+            {"method": "floor of ours", "dtype": "float32", "examples_per_s": floor, "ratio": floor / base}]
+
+
+def score(args):
+    dtypes = dict.fromkeys(["float32", args.dtype])
+    return [table(f"HellaSwag, GPT-2 124M, {chip(args.device)}", hellaswag_rows(args.examples, dtypes=tuple(dtypes)))]
+
+# -----------------------------------------------------------------------------
+# the recipe
+
+MODERN = dict(rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False)
+OLD = dict(rope=False, rmsnorm=False, swiglu=False, qk_norm=False, bias=True, zero_init=False, optimizer="adamw", schedule="cosine")
+RECIPES = {  # flags, and the learning rates of which the best is taken
+    "gpt2": ({}, (1e-3, 3e-3, 6e-3)),
+    "modern parts": (MODERN, (1e-3, 3e-3, 6e-3)),
+    "zero-initialised projections": (dict(zero_init=True), (1e-3, 3e-3, 6e-3)),
+    "wsd, 60% decay, to zero": (dict(schedule="wsd", decay_fraction=0.6, min_lr=0.0), (1e-3, 3e-3, 6e-3)),
+    "Muon": (dict(optimizer="muon"), (3e-3, 6e-3, 1.2e-2)),
+    "all": (MODERN | dict(zero_init=True, schedule="wsd", decay_fraction=0.6, min_lr=0.0, optimizer="muon"), (3e-3, 6e-3, 1.2e-2)),
+}
+
+
+def recipe_run(flags, lr, seed, steps, folder):
+    """4 layers x 128, byte tokens, T=128, 4,096 tokens a step. Returns the final validation loss."""
+    torch.set_num_threads(1)
+    given = dict(preset="tiny", data=str(ROOT / "input.txt"), out_dir=folder, n_layer=4, n_embd=128, n_head=4, block_size=128,
+                 total_batch_size=4096, max_steps=steps, lr=lr, warmup_steps=steps // 20, weight_decay=0.1, eval_every=10**6,
+                 eval_tokens=111520, sample_every=0, checkpoint_every=0, quiet=True, seed=seed, device="cpu", compile=False, **(OLD | flags))
+    train_gpt2.run_training(given, train_gpt2.World("cpu"))
+    return next(line["loss"] for line in train_gpt2.read_log(Path(folder) / "log.jsonl") if line["kind"] == "val")
+
+
+def recipe(args):
+    """Every change alone and all together, each at its best of three learning rates, over the seeds; then how few of the
+    gpt2 recipe's tokens the whole needs for the same loss."""
+    workers = max(1, (os.cpu_count() or 1) if args.device == "cpu" else 1)
+    with tempfile.TemporaryDirectory() as folder, \
+            concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        count = 0
+
+        def start(flags, lr, seed, steps):
+            nonlocal count
+            count += 1
+            return pool.submit(recipe_run, flags, lr, seed, steps, os.path.join(folder, str(count)))
+
+        seeds = list(range(1, args.seeds + 1))
+        first = {name: {lr: start(flags, lr, seeds[0], args.steps) for lr in rates} for name, (flags, rates) in RECIPES.items()}
+        best = {name: min(runs, key=lambda lr: runs[lr].result()) for name, runs in first.items()}
+        others = {name: [start(RECIPES[name][0], best[name], seed, args.steps) for seed in seeds[1:]] for name in RECIPES}
+        losses = {name: [first[name][best[name]].result(), *(f.result() for f in others[name])] for name in RECIPES}
+        goal = statistics.mean(losses["gpt2"])
+        shares = {share: [start(RECIPES["all"][0], best["all"], seed, round(share * args.steps)) for seed in seeds] for share in args.shares}
+        shares = {share: [f.result() for f in runs] for share, runs in shares.items()}
+    spread = lambda values: f"{statistics.mean(values):.4f} ± {(max(values) - min(values)) / 2:.4f}"
+    rows = [{"recipe": name, "best lr": best[name], "losses at the three": ", ".join(f"{r.result():.4f}" for r in first[name].values()),
+             "loss": spread(losses[name]), "against gpt2": f"{statistics.mean(losses[name]) - goal:+.4f}"} for name in RECIPES]
+    part = [{"tokens": round(share * args.steps) * 4096, "share": f"{share:.0%}", "loss": spread(runs),
+             "against gpt2 at 100%": f"{statistics.mean(runs) - goal:+.4f}"} for share, runs in shares.items()]
+    draw_recipe(args, losses, shares)
+    return [table(f"Loss after {args.steps * 4096:,} tokens of input.txt, 4 x 128, {args.seeds} seeds (mean ± half the range)", rows),
+            table("All together, on fewer tokens", part)]
+
+
+def draw_recipe(args, losses, shares):
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: pip install matplotlib", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, values in losses.items():
+        axes.plot([args.steps * 4096 / 1e6] * len(values), values, "o", label=name)
+    points = sorted((share, statistics.mean(v)) for share, v in {**shares, 1.0: losses["all"]}.items())
+    axes.plot([share * args.steps * 4096 / 1e6 for share, _ in points], [v for _, v in points], "-", color="gray", label="all, by tokens")
+    axes.axhline(statistics.mean(losses["gpt2"]), ls=":", color="gray")
+    axes.set(xlabel="million tokens in the run", ylabel="validation loss, nats a byte")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    (ROOT / "assets").mkdir(exist_ok=True)
+    figure.savefig(ROOT / "assets/recipe.png", dpi=150)
+
+# -----------------------------------------------------------------------------
+# command line
+
+COMMANDS = {"limit": limit, "ladder": ladder, "heads": heads, "memory": memory, "loader": loader, "tokenize": tokenize,
+            "architecture": architecture, "hellaswag": score, "recipe": recipe}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=[*COMMANDS, "all"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", help="default: what --dtype auto of train_gpt2.py picks")
+    parser.add_argument("--memory_limit_gb", type=float, default=0, help="pretend that the GPU has no more")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-steps a step (ladder)")
+    parser.add_argument("--steps", type=int, help="timed steps of each row (ladder: 2, on CUDA 10); optimizer steps (recipe: 250)")
+    parser.add_argument("--tokens", type=int, default=131072, help="trained on by each row (architecture)")
+    parser.add_argument("--megabytes", type=int, default=80, help="of text (tokenize)")
+    parser.add_argument("--examples", type=int, default=120, help="scored (hellaswag)")
+    parser.add_argument("--seeds", type=int, default=2, help="of each recipe")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.4, 0.5, 0.6], help="parts of the tokens (recipe)")
+    parser.add_argument("--json", help="write the tables to this file too")
+    args = parser.parse_args()
+    args.dtype = args.dtype or str(pick_dtype("auto", args.device.split(":")[0]))[6:]
+    tables = []
+    for name, command in COMMANDS.items():
+        if args.command in (name, "all"):
+            steps = {"ladder": 10 if args.device.startswith("cuda") else 2, "recipe": 250}.get(name)
+            tables += command(argparse.Namespace(**{**vars(args), "steps": args.steps or steps}))
+    if args.json:
+        Path(args.json).write_text(json.dumps(tables, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The README: its flag tables are those of --help, and its commands run as printed.
+
+$ python tests/test_readme.py    # writes the flag tables anew
+"""
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import fineweb
+import hellaswag
+import train_gpt2
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+COMMANDS = {"train_gpt2.py": (train_gpt2.GPTConfig, train_gpt2.TrainConfig), "train_gpt2.py sample": (train_gpt2.SampleConfig,),
+            "train_gpt2.py eval": (train_gpt2.EvalConfig,), "train_gpt2.py plot": (train_gpt2.PlotConfig,),
+            "fineweb.py": (fineweb.Config,), "hellaswag.py": (hellaswag.Flags,)}
+
+
+def flag_tables():
+    """From the dataclasses, where --help has them from."""
+    lines = []
+    for command, classes in COMMANDS.items():
+        lines += ["", f"`python {command}`", "", "| flag | default | meaning |", "|---|---|---|"]
+        for cls in classes:
+            for f in dataclasses.fields(cls):
+                if "help" in f.metadata:
+                    default = f.metadata.get("default_text", f.default)
+                    choices = f": {', '.join(map(str, f.metadata['choices']))}" if "choices" in f.metadata else ""
+                    shown = {None: "", True: "on", False: "off"}.get(default, default) if not isinstance(default, (int, float)) or isinstance(default, bool) else default
+                    lines.append(f"| `--{f.name}` | {shown} | {f.metadata['help']}{choices} |".replace("|auto", "\\|auto"))
+    return "\n".join(lines).strip()
+
+
+def with_flag_tables(text):
+    return re.sub(r"(<!-- flags -->\n).*(\n<!-- end of flags -->)", lambda m: m[1] + flag_tables() + m[2], text, flags=re.S)
+
+
+def test_flag_tables_are_those_of_help():
+    text = README.read_text()
+    assert text == with_flag_tables(text), "run python tests/test_readme.py"
+    for command, classes in COMMANDS.items():
+        script, *sub = command.split()
+        help_text = subprocess.run([sys.executable, ROOT / script, *sub, "--help"], capture_output=True, text=True).stdout
+        shown = set(re.findall(r"^  --(\w+)", help_text, flags=re.M))
+        assert shown == {f.name for cls in classes for f in dataclasses.fields(cls) if "help" in f.metadata}, command
+
+
+def blocks():
+    """Shell blocks after a line <!-- runs on a CPU -->; their lines run in one folder, one after the other."""
+    return re.findall(r"<!-- runs on a CPU -->\n+```bash\n(.*?)```", README.read_text(), flags=re.S)
+
+
+def test_readme_has_commands_to_run():
+    assert len(blocks()) >= 4
+
+
+def test_commands_run_as_printed(tmp_path):
+    """In a copy of the repository as a user has it after the first command: a run in log/, here a short one."""
+    for name in ("train_gpt2.py", "fineweb.py", "hellaswag.py", "input.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    python = f"python() {{ {shlex.quote(sys.executable)} \"$@\"; }}; torchrun() {{ python -m torch.distributed.run \"$@\"; }}\n"
+    environment = {**os.environ, "HF_DATASETS_OFFLINE": "1"}
+
+    def shell(code):
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", python + code], cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+
+    shell("python train_gpt2.py --max_steps 2 --total_batch_size 256 --sample_every 0 --eval_tokens 2048")
+    for block in blocks():
+        shell(block)
+
+
+if __name__ == "__main__":
+    README.write_text(with_flag_tables(README.read_text()))

@@ -1,0 +1,85 @@
+"""Weights & Biases, TensorBoard and plots, read back from what was written."""
+import json
+import re
+import struct
+
+import pytest
+
+from conftest import SMALL, log_lines, refused, run
+
+pytest.importorskip("wandb")
+pytest.importorskip("tensorboard")
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory, small_shards):
+    """A run of 6 steps with both trackers, resumed to 8."""
+    out_dir = tmp_path_factory.mktemp("tracked") / "log"
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    flags = ["--wandb", "test-project", "--tensorboard", "--data", small_shards, "--checkpoint_every", 3, "--out_dir", out_dir]
+    run("train_gpt2.py", *SMALL, *flags, env=offline)
+    run("train_gpt2.py", "--resume", "--max_steps", 8, "--out_dir", out_dir, "--device", "cpu", env=offline)
+    return out_dir
+
+
+def leveldb_log(data):
+    """The records of an offline run's file, which wandb itself only reads to upload it: LevelDB's log format, blocks of
+    32 KiB, after a header of 7 bytes, of pieces with checksum (4 bytes), length (2) and type (1)."""
+    at, record = 7, b""
+    while at + 7 <= len(data):
+        if at % 32768 > 32768 - 7:  # no header fits the rest of the block
+            at += -at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        record += data[at + 7:at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last piece of one
+            yield record
+            record = b""
+
+
+def test_wandb_has_config_and_metrics_under_one_id(tracked):
+    from wandb.proto import wandb_internal_pb2
+    ids, history, config = [], [], {}
+    for path in sorted(tracked.glob("wandb/offline-run-*/run-*.wandb")):
+        for data in leveldb_log(path.read_bytes()):
+            record = wandb_internal_pb2.Record.FromString(data)
+            if record.HasField("run"):
+                ids.append(record.run.run_id)
+                config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            if record.HasField("history"):
+                history.append({(item.key or item.nested_key[0]): json.loads(item.value_json) for item in record.history.item})
+    assert len(set(ids)) == 1 and config["n_layer"] == 2 and config["total_batch_size"] == 512
+    losses = {row["step"]: row["train/loss"] for row in history if "train/loss" in row}
+    assert losses == {line["step"]: line["loss"] for line in log_lines(tracked, "train")} and len(losses) == 8
+    assert [row["val/loss"] for row in history if "val/loss" in row] == [line["loss"] for line in log_lines(tracked, "val")]
+
+
+def test_tensorboard_has_the_metrics(tracked):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tracked))
+    events.Reload()
+    losses = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert losses == pytest.approx({line["step"]: line["loss"] for line in log_lines(tracked, "train")}, rel=1e-6)
+    assert len(events.Scalars("val/perplexity")) == len(log_lines(tracked, "val"))
+
+
+@pytest.mark.parametrize("x", ["step", "tokens", "seconds"])
+def test_plot(x, tracked, tmp_path):
+    out, _ = run("train_gpt2.py", "plot", "--out_dir", tracked, tracked, "--x", x, "--output", tmp_path / "loss.png")
+    assert "loss.png" in out and (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_plot_says_what_is_missing(tmp_path):
+    assert "log.jsonl" in refused("train_gpt2.py", "plot", "--out_dir", tmp_path)
+
+
+@pytest.mark.parametrize("package,flags", [("wandb", ["--wandb", "p"]), ("tensorboard", ["--tensorboard"])])
+def test_a_tracker_that_is_not_installed(package, flags, small_shards, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"import sys; sys.modules[{package!r}] = None\n"
+                      f"sys.path.insert(0, {str(re.sub('/tests.*', '', __file__))!r})\n"
+                      "import fineweb, train_gpt2; fineweb.run_cli(train_gpt2.main)\n")
+    assert f"pip install {package}" in refused(driver, *SMALL, *flags, "--data", small_shards, "--out_dir", tmp_path / "log")
