@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, SMALL, log_lines, losses, refused, run, start
+from test_hellaswag import make_examples
 
 # Dropout on, several shards and epochs (224 windows, 16 a step), checkpoints between evaluations.
 LONG = [*SMALL, "--max_steps", 40, "--dropout", 0.1, "--checkpoint_every", 7, "--eval_every", 10, "--sample_every", 20]
@@ -85,11 +86,34 @@ def test_a_finished_run_resumed_is_finished(uninterrupted, small_shards, tmp_pat
     assert result(tmp_path / "log") == before
 
 
-def test_compiled_run_resumes_bit_for_bit(small_shards, tmp_path):
-    flags = [*[f for f in LONG if f != "--no-compile"], "--compile", "--n_layer", 1, "--max_steps", 9, "--checkpoint_every", 4,
-             "--keep_checkpoints", 0, "--eval_every", 0, "--sample_every", 0, "--data", small_shards]
+COUNTING = """
+import sys; sys.path.insert(0, {root!r})
+import fineweb, train_gpt2
+from torch._dynamo.utils import counters
+def counted(method):
+    def call(run):
+        result = method(run)
+        print("graphs", run.step, counters["stats"]["unique_graphs"], flush=True)
+        return result
+    return call
+train_gpt2.Run.train_step = counted(train_gpt2.Run.train_step)
+train_gpt2.Run.evaluate = counted(train_gpt2.Run.evaluate)
+fineweb.run_cli(train_gpt2.main)
+"""
+
+
+def test_compiled_run_compiles_once_and_resumes_bit_for_bit(small_shards, tmp_path):
+    """Nothing is compiled after the first evaluation, by HellaSwag and samples neither."""
+    (tmp_path / "driver.py").write_text(COUNTING.format(root=str(ROOT)))
+    (tmp_path / "hellaswag.jsonl").write_text("".join(json.dumps(example) + "\n" for example in make_examples(6)))
+    flags = [*[f for f in LONG if f != "--no-compile"], "--compile", "--n_layer", 2, "--max_steps", 7, "--checkpoint_every", 4,
+             "--keep_checkpoints", 0, "--eval_every", 2, "--sample_every", 2, "--hellaswag_every", 3,
+             "--hellaswag_data", tmp_path / "hellaswag.jsonl", "--data", small_shards]
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    run("train_gpt2.py", *flags, "--out_dir", tmp_path / "whole", env=cache)
+    out, _ = run(tmp_path / "driver.py", *flags, "--out_dir", tmp_path / "whole", env=cache)
+    graphs = [tuple(map(int, line.split()[1:])) for line in out.splitlines() if line.startswith("graphs")]
+    assert graphs[1][1] > 0 and len({count for step, count in graphs if step == 1}) == 1
+    assert len({count for step, count in graphs if step > 2}) == 1 and graphs[-1] == (7, graphs[4][1]), graphs
     resume_copy(tmp_path / "whole", 4, tmp_path / "log")
     out, _ = run("train_gpt2.py", *flags, "--out_dir", tmp_path / "log", "--resume", env=cache)
     assert "at step 4" in out and ", compiled" in out

@@ -1,0 +1,75 @@
+"""What only a GPU shows; skipped without one."""
+import shutil
+
+import pytest
+import torch
+
+import train_gpt2
+from conftest import SMALL, losses, run
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+ON_CUDA = [*SMALL[:-2], "--device", "cuda", "--max_steps", 12, "--eval_every", 6]
+
+
+def test_no_host_sync_before_the_steps_one_read(small_shards, tmp_path):
+    given = dict(data=str(small_shards), preset="gpt2", n_layer=2, n_head=2, n_embd=64, block_size=64, total_batch_size=1024, batch_size=4,
+                 max_steps=8, eval_every=0, sample_every=0, checkpoint_every=0, hellaswag_every=0, compile=False, out_dir=str(tmp_path / "log"))
+    run = train_gpt2.Run(given, train_gpt2.World("cuda"))
+    for _ in range(2):
+        run.train_step()
+    mean = run.world.mean
+
+    def read(*values):
+        torch.cuda.set_sync_debug_mode("default")
+        return mean(*values)
+    run.world.mean = read
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        line, _ = run.train_step()  # four micro-steps
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert line["loss"] > 0
+
+
+def test_losses_are_the_cpus(small_shards, tmp_path):
+    run("train_gpt2.py", *ON_CUDA, "--data", small_shards, "--out_dir", tmp_path / "cuda")
+    run("train_gpt2.py", *ON_CUDA, "--device", "cpu", "--data", small_shards, "--out_dir", tmp_path / "cpu")
+    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), abs=1e-2)  # TF32
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_low_precision_learns(dtype, small_shards, tmp_path):
+    run("train_gpt2.py", *ON_CUDA, "--dtype", dtype, "--data", small_shards, "--out_dir", tmp_path / "log")
+    found = losses(tmp_path / "log")
+    assert found[-1] < found[0] - 0.1
+
+
+def test_deterministic_resume_is_bit_for_bit(small_shards, tmp_path):
+    flags = [*ON_CUDA, "--deterministic", "--dropout", 0.1, "--checkpoint_every", 5, "--keep_checkpoints", 0, "--data", small_shards]
+    run("train_gpt2.py", *flags, "--out_dir", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole/step_000005", tmp_path / "log/step_000005")
+    shutil.copy(tmp_path / "whole/log.jsonl", tmp_path / "log/log.jsonl")
+    run("train_gpt2.py", *flags, "--out_dir", tmp_path / "log", "--resume")
+    assert losses(tmp_path / "log") == losses(tmp_path / "whole")
+    assert (tmp_path / "log/latest/model.safetensors").read_bytes() == (tmp_path / "whole/latest/model.safetensors").read_bytes()
+
+
+def test_auto_batch_fits_gpt2(tmp_path):
+    """The reference run's first steps, with the batch found by itself and everything compiled."""
+    out, _ = run("train_gpt2.py", "--preset", "gpt2", "--data", train_gpt2.HERE / "input.txt", "--max_steps", 3, "--total_batch_size", 65536,
+                 "--eval_tokens", 20480, "--sample_every", 0, "--checkpoint_every", 0, "--hellaswag_every", 0, "--out_dir", tmp_path, timeout=600)
+    assert "compiled" in out and len(losses(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("parts", [["--window", 16], ["--n_head", 4, "--n_kv_head", 2, "--rope"], ["--optimizer", "muon", "--rmsnorm", "--swiglu"]])
+def test_modern_parts_compile(parts, small_shards, tmp_path):
+    flags = [f for f in ON_CUDA if f != "--no-compile"]
+    run("train_gpt2.py", *flags, *parts, "--dtype", "bfloat16", "--compile", "--data", small_shards, "--out_dir", tmp_path / "log", timeout=600)
+    assert losses(tmp_path / "log")[-1] < losses(tmp_path / "log")[0]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_equal_one(small_shards, tmp_path):
+    run("train_gpt2.py", *ON_CUDA, "--data", small_shards, "--out_dir", tmp_path / "one")
+    run("train_gpt2.py", *ON_CUDA, "--data", small_shards, "--out_dir", tmp_path / "two", torchrun=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
