@@ -154,12 +154,13 @@ PRESETS = {  # what differs from the dataclasses' defaults; learning rates by si
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, lr=3e-4),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, lr=2.5e-4),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, lr=2e-4),
-    "modern": dict(rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False),
-    "tiny": dict(n_layer=4, n_head=4, n_embd=128, block_size=128, tokenizer="byte",
-                 rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False,
-                 total_batch_size=4096, max_steps=400, lr=3e-3, warmup_steps=40, weight_decay=0.1,
-                 eval_every=100, eval_tokens=65536, sample_every=200, checkpoint_every=200, hellaswag_every=0,
-                 compile=False),
+    "modern": dict(rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False, zero_init=True,
+                   optimizer="muon", schedule="wsd", decay_fraction=0.6, lr=1.8e-3, min_lr=0.0),
+    "tiny": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, tokenizer="byte",
+                 rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False, zero_init=True,
+                 optimizer="muon", schedule="wsd", decay_fraction=0.6, lr=6e-3, min_lr=0.0, warmup_steps=15, weight_decay=0.01,
+                 total_batch_size=3072, max_steps=315, eval_every=105, eval_tokens=65536, sample_every=105, checkpoint_every=105,
+                 hellaswag_every=0, compile=False),
 }
 
 # -----------------------------------------------------------------------------
@@ -1035,7 +1036,7 @@ def sample_texts(model, tokenizer, prompt, count, max_new_tokens, world, dtype, 
     idx = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]] * count, device=world.device)
     generator = torch.Generator(world.device).manual_seed(seed)
     with autocast(world.device_type, dtype), uncompiled():
-        rows = model.generate(idx, max_new_tokens, generator=generator).tolist()
+        rows = model.generate(idx, max_new_tokens, temperature=0.8, generator=generator).tolist()
     return [tokenizer.decode(row[:row.index(tokenizer.eot, 1)] if tokenizer.eot in row[1:] else row) for row in rows]
 
 
@@ -1571,8 +1572,10 @@ class Progress:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         done, left = self.run.step - self.first, self.run.config.max_steps - self.run.step
+        if done == 1:
+            self.clock = time.time()  # the first step compiles
         if done == 10 and left > 10 and not self.run.config.quiet:
-            seconds = left * line["seconds"]
+            seconds = left * (time.time() - self.clock) / 9
             self.run.world.print(f"step {self.run.step:>6,}  about {seconds / 60:,.1f} minutes of training left at this rate, evaluations aside")
         if self.plain and (done == 1 or left == 0 or time.time() - self.printed > 10):
             self.printed = time.time()
@@ -1715,6 +1718,9 @@ def evaluate(argv):
     world.close()
 
 
+GPT2_VAL_LOSS, GPT2_HELLASWAG = 3.2924, 0.2955  # OpenAI's 124M weights on FineWeb-Edu and HellaSwag, by build-nanogpt
+
+
 def plot(argv):
     c = given_config(PlotConfig, argv, "plot", "Draws the loss curves of runs.")
     folders = [c.out_dir] if isinstance(c.out_dir, str) else c.out_dir
@@ -1722,19 +1728,28 @@ def plot(argv):
     import_optional("matplotlib", "plot").use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    scored = any(line["kind"] == "hellaswag" for lines in runs.values() for line in lines)
+    figure, all_axes = plt.subplots(1, 1 + scored, figsize=(7 * (1 + scored), 4.5), layout="constrained", squeeze=False)
+    axes = all_axes[0]
     for folder, lines in runs.items():
         steps = [line for line in lines if line["kind"] == "train" and line["loss"] is not None]
         at, clock = {}, 0.0  # a step's place on the horizontal axis
         for line in steps:
             clock += line["seconds"]
             at[line["step"]] = {"step": line["step"], "tokens": line["tokens"], "seconds": clock}[c.x]
-        color = axes.plot(list(at.values()), [line["loss"] for line in steps], alpha=0.3, lw=0.8)[0].get_color()
-        val = [line for line in lines if line["kind"] == "val" and line["step"] in at]
-        axes.plot([at[line["step"]] for line in val], [line["loss"] for line in val], "o-", color=color, label=f"{folder} validation")
-    axes.set(xlabel=c.x, ylabel="loss, nats a token")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        color = axes[0].plot(list(at.values()), [line["loss"] for line in steps], alpha=0.3, lw=0.8)[0].get_color()
+        for i, (kind, value) in enumerate([("val", "loss"), ("hellaswag", "acc_norm")][:1 + scored]):
+            points = [(at[line["step"]], line[value]) for line in lines if line["kind"] == kind and line["step"] in at]
+            axes[i].plot(*zip(*points) if points else ([], []), "o-", color=color, label=folder)
+    if any(line.get("tokenizer") == "gpt2" and "fineweb" in line["data"] for lines in runs.values() for line in lines[:1]):
+        axes[0].axhline(GPT2_VAL_LOSS, ls="--", color="gray", label="OpenAI's GPT-2 124M")
+    if scored:
+        axes[1].axhline(GPT2_HELLASWAG, ls="--", color="gray", label="OpenAI's GPT-2 124M")
+        axes[1].set(xlabel=c.x, ylabel="HellaSwag, acc_norm")
+    axes[0].set(xlabel=c.x, ylabel="loss, nats a token (faint: training; dots: validation)")
+    for panel in axes:
+        panel.grid(alpha=0.3)
+        panel.legend()
     figure.savefig(c.output, dpi=150)
     print(f"wrote {c.output}")
 

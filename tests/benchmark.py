@@ -78,16 +78,16 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def seconds_of(function, device, repeats=5):
+def seconds_of(function, device, repeats=5, warm=True):
     """The median time of a call, after one to warm up."""
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats + warm):
         synchronize(device)
         started = time.perf_counter()
         function()
         synchronize(device)
         times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+    return statistics.median(times[warm:])
 
 
 def table(title, rows):
@@ -193,7 +193,7 @@ def training_speed(device, batch_size, accumulation=1, steps=3, dtype="float32",
     started = time.perf_counter()
     step()
     first = time.perf_counter() - started
-    seconds = seconds_of(step, device, steps)
+    seconds = seconds_of(step, device, steps, warm=False)
     tokens = accumulation * batch_size * T
     flops = train_gpt2.peak_flops(device.split(":")[0])
     return {"tokens_per_second": tokens / seconds, "ms": 1000 * seconds, "start_s": first - seconds,
@@ -257,7 +257,7 @@ def head_speed(device, dtype, batch_size, head, compiled):
         with autocast(device.split(":")[0], getattr(torch, dtype)):
             loss = function(x.to(getattr(torch, dtype)), weight, targets, V, max(1, N * 50304 // 2**26), True)
         loss.backward()
-    return {"ms": 1000 * seconds_of(step, device, 3)}
+    return {"ms": 1000 * seconds_of(step, device, 2)}
 
 
 def heads(args):

@@ -72,6 +72,17 @@ def test_plot(x, tracked, tmp_path):
     assert "loss.png" in out and (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_plot_draws_hellaswag_and_gpt2s_lines(tracked, tmp_path):
+    lines = [json.dumps({**json.loads(line), "tokenizer": "gpt2", "data": "edu_fineweb10B"} if i == 0 else json.loads(line))
+             for i, line in enumerate((tracked / "log.jsonl").read_text().splitlines())]
+    lines.append(json.dumps({"kind": "hellaswag", "step": 6, "acc": 0.25, "acc_norm": 0.26, "n": 100}))
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log/log.jsonl").write_text("\n".join(lines) + "\n")
+    run("train_gpt2.py", "plot", "--out_dir", tmp_path / "log", tracked, "--output", tmp_path / "both.svg")
+    picture = (tmp_path / "both.svg").read_text()
+    assert picture.count("OpenAI's GPT-2 124M") == 2 and "HellaSwag, acc_norm" in picture
+
+
 def test_plot_says_what_is_missing(tmp_path):
     assert "log.jsonl" in refused("train_gpt2.py", "plot", "--out_dir", tmp_path)
 
