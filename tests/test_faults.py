@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from conftest import ROOT, SMALL, log_lines, losses, refused, run, start
@@ -332,6 +333,28 @@ def test_bad_flags_under_torchrun_are_said_once(tmp_path):
     assert err.count("--max_stepz") == 1
     _, err = run("train_gpt2.py", "--data", "nowhere", "--device", "cpu", "--out_dir", tmp_path / "log", torchrun=2, expect=None)
     assert err.count("error: --data nowhere") == 1
+
+
+def spoil(path, change):
+    tokens = np.load(path)
+    if change == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif change == "empty":
+        path.write_bytes(b"")
+    elif change == "dtype":
+        np.save(path, tokens.astype(np.int32))
+    elif change == "ids":
+        tokens[1234] = 60000
+        np.save(path, tokens)
+
+
+@pytest.mark.parametrize("change,says", [("truncated", "truncated"), ("empty", "truncated"), ("dtype", "int32"), ("ids", "token 60000 at offset 1234")])
+@pytest.mark.parametrize("split", ["train_000001", "val_000000"])
+def test_a_bad_shard_is_one_line_through_the_command_line(split, change, says, small_shards, tmp_path):
+    shutil.copytree(small_shards, tmp_path / "shards")
+    spoil(tmp_path / f"shards/edufineweb_{split}.npy", change)
+    line = refused("train_gpt2.py", *SMALL, "--max_steps", 20, "--eval_tokens", 3000, "--data", tmp_path / "shards", "--out_dir", tmp_path / "log")
+    assert f"edufineweb_{split}.npy" in line and says in line
 
 
 def test_out_of_memory_names_the_batch_that_fits(small_shards, tmp_path):
