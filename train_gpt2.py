@@ -194,25 +194,32 @@ def full_attention(q, k, v, dropout):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=q.size(1) != k.size(1))
 
 
-class WindowAttention:
+class WindowAttention(nn.Module):
     """Causal attention in which a position sees itself and the window-1 tokens before it, in O(T * window): blocks of
     `window` queries meet the keys of their own block and of the one before it."""
 
-    def __init__(self, window):
-        self.window = window
+    def __init__(self, config):
+        super().__init__()
+        self.window = config.window
+        if config.window < config.block_size:
+            seen = band(config.window, 2 * config.window, config.window, "cpu")
+            self.register_buffer("mask", torch.zeros(seen.shape).masked_fill(~seen, -torch.inf), persistent=False)  # (N, 2N)
 
-    def __call__(self, q, k, v, dropout):
+    def forward(self, q, k, v, dropout):
         (B, H, T, D), N = q.shape, self.window
         if T <= N:
             return full_attention(q, k, v, dropout)
-        k, v = (t.repeat_interleave(H // t.size(1), dim=1) for t in (k, v))     # masked kernels want equal heads
-        blocks = math.ceil(T / N)
-        q, k, v = (F.pad(t, (0, 0, 0, blocks * N - T)).view(B, H, blocks, N, D) for t in (q, k, v))
-        first = full_attention(q[:, :, 0], k[:, :, 0], v[:, :, 0], dropout)     # has no block before it
-        k, v = (torch.cat((t[:, :, :-1], t[:, :, 1:]), dim=3).flatten(1, 2) for t in (k, v))  # (B, H*(blocks-1), 2N, D)
-        mask = band(N, 2 * N, N, q.device)
-        rest = F.scaled_dot_product_attention(q[:, :, 1:].flatten(1, 2), k, v, attn_mask=mask, dropout_p=dropout)
-        return torch.cat((first, rest.view(B, H, (blocks - 1) * N, D)), dim=2)[:, :, :T]
+        if T % N:
+            q, k, v = (F.pad(t, (0, 0, 0, -T % N)) for t in (q, k, v))
+        first = full_attention(q[:, :, :N], k[:, :, :N], v[:, :, :N], dropout)  # has no block before it
+        if k.size(1) != H:  # masked kernels want as many heads
+            k, v = (t.repeat_interleave(H // t.size(1), dim=1) for t in (k, v))
+        # Views that overlap: for one sequence nothing is copied. (B * blocks, H, N or 2N, D)
+        k, v = (t.unfold(2, 2 * N, N).permute(0, 2, 1, 4, 3).flatten(0, 1) for t in (k, v))
+        q = q[:, :, N:].unflatten(2, (-1, N)).transpose(1, 2).flatten(0, 1)
+        rest = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask.to(q.dtype), dropout_p=dropout)
+        rest = rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)
+        return torch.cat((first, rest), dim=2)[:, :, :T]
 
 
 def band(T, S, window, device):
@@ -260,15 +267,14 @@ class KVCache:
 
 class Attention(nn.Module):
 
-    def __init__(self, config, rotary):
+    def __init__(self, config, rotary, attention):
         super().__init__()
-        self.head_dim, self.dropout, self.rotary = config.head_dim, config.dropout, rotary
+        self.head_dim, self.dropout, self.rotary, self.attention = config.head_dim, config.dropout, rotary, attention
         self.widths = [config.n_head * self.head_dim] + 2 * [config.n_kv_head * self.head_dim]
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
         self.c_proj = nn.Linear(self.widths[0], config.n_embd, bias=config.bias)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.attention = WindowAttention(config.window) if config.window else full_attention
 
     def forward(self, x, cache=None):
         B, T, _ = x.shape
@@ -313,10 +319,10 @@ def make_norm(config):
 
 class Block(nn.Module):
 
-    def __init__(self, config, rotary):
+    def __init__(self, config, rotary, attention):
         super().__init__()
         self.norm_1 = make_norm(config)
-        self.attn = Attention(config, rotary)
+        self.attn = Attention(config, rotary, attention)
         self.norm_2 = make_norm(config)
         self.mlp = SwiGLU(config) if config.swiglu else MLP(config)
         self.drop = nn.Dropout(config.dropout)
@@ -365,10 +371,11 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         rotary = Rotary(config) if config.rope else NoRotary()
+        attention = WindowAttention(config) if config.window else full_attention
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = None if config.rope else nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config, rotary) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, rotary, attention) for _ in range(config.n_layer))
         self.norm_f = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tied:

@@ -709,7 +709,7 @@ def main():
     parser.add_argument("--steps", type=int, help="timed steps of each row (ladder: 2, on CUDA 10); optimizer steps (recipe: 250)")
     parser.add_argument("--tokens", type=int, default=131072, help="trained on by each row (architecture)")
     parser.add_argument("--megabytes", type=int, default=80, help="of text (tokenize)")
-    parser.add_argument("--examples", type=int, default=120, help="scored (hellaswag)")
+    parser.add_argument("--examples", type=int, default=400, help="scored (hellaswag)")
     parser.add_argument("--seeds", type=int, default=2, help="of each recipe")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.4, 0.5, 0.6], help="parts of the tokens (recipe)")
     parser.add_argument("--json", help="write the tables to this file too")

@@ -61,7 +61,7 @@ def naive_attention(q, k, v, window):
 def test_window_equals_masked_softmax_and_gqa_equals_repeated_heads(T, window):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, h, T, 8, requires_grad=True) for h in (6, 2, 2))
-    out = WindowAttention(window)(q, k, v, 0.0)
+    out = WindowAttention(GPTConfig(window=window, block_size=64))(q, k, v, 0.0)
     repeated = [t.repeat_interleave(3, dim=1) for t in (k, v)]
     expected = naive_attention(q, *repeated, window)
     assert relative(out.double(), expected) < 1e-5
@@ -84,7 +84,7 @@ def test_window_never_makes_a_full_mask():
 
     q, k, v = (torch.randn(1, 1, 1024, 4) for _ in range(3))
     with Watch():
-        WindowAttention(16)(q, k, v, 0.0)
+        WindowAttention(GPTConfig(window=16, block_size=1024))(q, k, v, 0.0)
     assert max(largest) <= 2 * 1024 * 4 * 2
 
 
