@@ -1344,7 +1344,6 @@ def out_of_memory(run):
             continue
         return RunFailed(f"out of memory with --batch_size {size}; {fitting} fits: add --batch_size {fitting} (the tokens of a step, "
                          f"and so the losses, stay the same); {newest(run.config.out_dir)}")
-    del moments
     return RunFailed(f"out of memory with --batch_size {size}, and with 1; a smaller --block_size or model is needed")
 
 
