@@ -418,7 +418,7 @@ class Config:
                     metavar="FOLDER", group="output")
     shard_size: int = flag(100_000_000, "tokens in a shard", group="output")
     max_tokens: int | None = flag(None, "stop after this many tokens", default_text="all", group="output")
-    workers: int = flag(os.cpu_count() or 1, "processes that tokenize", group="output")
+    workers: int = flag(os.cpu_count() or 1, "processes that tokenize", default_text="one per core", group="output")
     verify: str | None = flag(None, "check every shard of a folder against its manifest, and do nothing else",
                               metavar="FOLDER", group="output")
 

@@ -190,8 +190,9 @@ class NoRotary(nn.Module):
 
 
 def full_attention(q, k, v, dropout):
-    """Causal attention. q: (B, n_head, T, head_dim); k, v: (B, n_kv_head, T, head_dim)."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=q.size(1) != k.size(1))
+    """Causal attention. q: (B, n_head, T, head_dim); k, v: (B, n_kv_head, T, head_dim). Returns a list of parts along T
+    of what q's shape has: here one."""
+    return [F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=q.size(1) != k.size(1))]
 
 
 class WindowAttention(nn.Module):
@@ -206,20 +207,21 @@ class WindowAttention(nn.Module):
             self.register_buffer("mask", torch.zeros(seen.shape).masked_fill(~seen, -torch.inf), persistent=False)  # (N, 2N)
 
     def forward(self, q, k, v, dropout):
+        """As `full_attention`; in two parts, since to join them would keep a copy of both for the backward pass."""
         (B, H, T, D), N = q.shape, self.window
         if T <= N:
             return full_attention(q, k, v, dropout)
+        first = full_attention(q[:, :, :N], k[:, :, :N], v[:, :, :N], dropout)  # has no block before it
         if T % N:
             q, k, v = (F.pad(t, (0, 0, 0, -T % N)) for t in (q, k, v))
-        first = full_attention(q[:, :, :N], k[:, :, :N], v[:, :, :N], dropout)  # has no block before it
-        if k.size(1) != H:  # masked kernels want as many heads
+        if k.size(1) != H and k.device.type != "cpu":  # elsewhere the masked kernels want as many heads
             k, v = (t.repeat_interleave(H // t.size(1), dim=1) for t in (k, v))
-        # Views that overlap: for one sequence nothing is copied. (B * blocks, H, N or 2N, D)
+        # Views that overlap: for one sequence nothing is copied. (B * blocks, heads, N or 2N, D)
         k, v = (t.unfold(2, 2 * N, N).permute(0, 2, 1, 4, 3).flatten(0, 1) for t in (k, v))
         q = q[:, :, N:].unflatten(2, (-1, N)).transpose(1, 2).flatten(0, 1)
-        rest = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask.to(q.dtype), dropout_p=dropout)
-        rest = rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)
-        return torch.cat((first, rest), dim=2)[:, :, :T]
+        rest = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask.to(q.dtype), dropout_p=dropout,
+                                              enable_gqa=k.size(1) != H)
+        return first + [rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :T - N]]
 
 
 def band(T, S, window, device):
@@ -247,7 +249,7 @@ class LayerCache:
             k, v, mask = self.k, self.v, None
         else:
             mask = band(T, k.size(2), self.window, q.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.size(1) != k.size(1))
+        return [F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.size(1) != k.size(1))]
 
 
 class KVCache:
@@ -283,10 +285,11 @@ class Attention(nn.Module):
         start = cache.seen if cache else 0
         q, k = self.rotary(q, start), self.rotary(k, start)
         if cache:
-            y = cache.attend(q, k, v, self.attention)
+            parts = cache.attend(q, k, v, self.attention)
         else:
-            y = self.attention(q, k, v, self.dropout if self.training else 0.0)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
+            parts = self.attention(q, k, v, self.dropout if self.training else 0.0)
+        parts = [self.c_proj(y.transpose(1, 2).flatten(2)) for y in parts]      # (B, part of T, C)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class MLP(nn.Module):

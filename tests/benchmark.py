@@ -11,6 +11,7 @@ $ python tests/benchmark.py tokenize                            # fineweb.py
 $ python tests/benchmark.py architecture                        # the modern parts, at T = 1024 and 8192
 $ python tests/benchmark.py hellaswag                           # hellaswag.py
 $ python tests/benchmark.py recipe                              # loss against tokens; picture: assets/recipe.png
+$ python tests/benchmark.py ablation                            # the modern parts one by one, on little data and on much
 
 Tables are Markdown; --json FILE keeps the rows too. Each row runs in a process of its own, so that its peak memory is
 its own. Timings are medians over steps; on a machine that others share, compare within one run only.
@@ -143,7 +144,7 @@ def materialised_attention(q, k, v, dropout):
     T = q.size(2)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
     causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    return scores.masked_fill(~causal, -torch.inf).softmax(dim=-1) @ v
+    return [scores.masked_fill(~causal, -torch.inf).softmax(dim=-1) @ v]
 
 
 def plain_loss(x, weight, targets, vocab_size, chunks, need_grad):
@@ -630,22 +631,30 @@ RECIPES = {  # flags, and the learning rates of which the best is taken
 }
 
 
-def recipe_run(flags, lr, seed, steps, folder):
-    """4 layers x 128, byte tokens, T=128, 4,096 tokens a step. Returns the final validation loss."""
+def small_run(flags, folder, **given):
+    """4 layers x 128, byte tokens, T=128, 4,096 tokens a step, one thread. Returns the lines of its log."""
     torch.set_num_threads(1)
-    given = dict(preset="tiny", data=str(ROOT / "input.txt"), out_dir=folder, n_layer=4, n_embd=128, n_head=4, block_size=128,
-                 total_batch_size=4096, max_steps=steps, lr=lr, warmup_steps=steps // 20, weight_decay=0.1, eval_every=10**6,
-                 eval_tokens=111520, sample_every=0, checkpoint_every=0, quiet=True, seed=seed, device="cpu", compile=False, **(OLD | flags))
+    given = dict(preset="tiny", n_layer=4, n_embd=128, n_head=4, block_size=128, total_batch_size=4096, weight_decay=0.1, out_dir=folder,
+                 warmup_steps=given["max_steps"] // 20, sample_every=0, checkpoint_every=0, quiet=True, device="cpu", compile=False,
+                 data=str(ROOT / "input.txt"), **(OLD | flags)) | given
     train_gpt2.run_training(given, train_gpt2.World("cpu"))
-    return next(line["loss"] for line in train_gpt2.read_log(Path(folder) / "log.jsonl") if line["kind"] == "val")
+    return train_gpt2.read_log(Path(folder) / "log.jsonl")
+
+
+def recipe_run(flags, lr, seed, steps, folder):
+    """Returns the final validation loss."""
+    lines = small_run(flags, folder, lr=lr, seed=seed, max_steps=steps, eval_every=10**6, eval_tokens=111520)
+    return next(line["loss"] for line in lines if line["kind"] == "val")
+
+
+def pool_of_runs(args):
+    return concurrent.futures.ProcessPoolExecutor(os.cpu_count() if args.device == "cpu" else 1, multiprocessing.get_context("spawn"))
 
 
 def recipe(args):
     """Every change alone and all together, each at its best of three learning rates, over the seeds; then how few of the
     gpt2 recipe's tokens the whole needs for the same loss."""
-    workers = max(1, (os.cpu_count() or 1) if args.device == "cpu" else 1)
-    with tempfile.TemporaryDirectory() as folder, \
-            concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with tempfile.TemporaryDirectory() as folder, pool_of_runs(args) as pool:
         count = 0
 
         def start(flags, lr, seed, steps):
@@ -661,7 +670,6 @@ def recipe(args):
         goal = statistics.mean(losses["gpt2"])
         shares = {share: [start(RECIPES["all"][0], best["all"], seed, round(share * args.steps)) for seed in seeds] for share in args.shares}
         shares = {share: [f.result() for f in runs] for share, runs in shares.items()}
-    spread = lambda values: f"{statistics.mean(values):.4f} ± {(max(values) - min(values)) / 2:.4f}"
     rows = [{"recipe": name, "best lr": best[name], "losses at the three": ", ".join(f"{r.result():.4f}" for r in first[name].values()),
              "loss": spread(losses[name]), "against gpt2": f"{statistics.mean(losses[name]) - goal:+.4f}"} for name in RECIPES]
     part = [{"tokens": round(share * args.steps) * 4096, "share": f"{share:.0%}", "loss": spread(runs),
@@ -691,11 +699,54 @@ def draw_recipe(args, losses, shares):
     (ROOT / "assets").mkdir(exist_ok=True)
     figure.savefig(ROOT / "assets/recipe.png", dpi=150)
 
+
+ABLATION = {"vanilla": {}, "+ RoPE": dict(rope=True), "+ RMSNorm": dict(rmsnorm=True), "+ SwiGLU": dict(swiglu=True),
+            "all three": dict(rope=True, rmsnorm=True, swiglu=True)}
+
+
+def ablation(args):
+    """The modern parts with one recipe (AdamW, cosine, one learning rate): on so little text that they overfit, and on more
+    than is read once. Both validate on the same play."""
+    text = (ROOT / "input.txt").read_bytes()
+    train, val = text[:len(text) * 9 // 10], text[len(text) * 9 // 10:]
+    with tempfile.TemporaryDirectory() as folder, pool_of_runs(args) as pool:
+        data = {}
+        for name, size in (("little", args.little), ("much", len(train))):
+            data[name] = os.path.join(folder, name)
+            os.mkdir(data[name])
+            fineweb.write_shard(os.path.join(data[name], "train_000000.npy"), torch.frombuffer(bytearray(train[:size]), dtype=torch.uint8))
+            fineweb.write_shard(os.path.join(data[name], "val_000000.npy"), torch.frombuffer(bytearray(val), dtype=torch.uint8))
+            Path(data[name], "manifest.json").write_text(json.dumps({"tokenizer": "byte"}))
+        runs = {(name, part, seed): pool.submit(small_run, flags, os.path.join(folder, f"{name} {part} {seed}"), data=data[name], seed=seed,
+                                                lr=3e-3, max_steps=args.steps, eval_every=args.steps // 10, eval_tokens=65536)
+                for part, flags in ABLATION.items() for name in data for seed in range(1, args.seeds + 1)}
+        runs = {key: run.result() for key, run in runs.items()}
+    rows = []
+    for part in ABLATION:
+        row = {"model": part}
+        curves = {name: [[line for line in runs[name, part, seed] if line["kind"] == "val"] for seed in range(1, args.seeds + 1)]
+                  for name in data}
+        lowest = [min(curve, key=lambda line: line["loss"]) for curve in curves["little"]]
+        row["little: lowest"] = spread([line["loss"] for line in lowest])
+        row["at step"] = ", ".join(str(line["step"]) for line in lowest)
+        row["little: at the end"] = spread([curve[-1]["loss"] for curve in curves["little"]])
+        ends = [[line["loss"] for line in runs["little", part, seed] if line["kind"] == "train"][-10:] for seed in range(1, args.seeds + 1)]
+        row["its training loss"] = spread([statistics.mean(end) for end in ends])
+        row["much: at the end"] = spread([curve[-1]["loss"] for curve in curves["much"]])
+        rows.append(row)
+    tokens = args.steps * 4096
+    return [table(f"Validation loss, 4 x 128, {tokens:,} tokens: {tokens / args.little:.0f} times through {args.little:,} bytes (little), "
+                  f"{tokens / len(train):.1f} times through {len(train):,} (much); {args.seeds} seeds", rows)]
+
+
+def spread(values):
+    return f"{statistics.mean(values):.4f} ± {(max(values) - min(values)) / 2:.4f}"
+
 # -----------------------------------------------------------------------------
 # command line
 
 COMMANDS = {"limit": limit, "ladder": ladder, "heads": heads, "memory": memory, "loader": loader, "tokenize": tokenize,
-            "architecture": architecture, "hellaswag": score, "recipe": recipe}
+            "architecture": architecture, "hellaswag": score, "recipe": recipe, "ablation": ablation}
 
 
 def main():
@@ -706,11 +757,12 @@ def main():
     parser.add_argument("--memory_limit_gb", type=float, default=0, help="pretend that the GPU has no more")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=2, help="micro-steps a step (ladder)")
-    parser.add_argument("--steps", type=int, help="timed steps of each row (ladder: 2, on CUDA 10); optimizer steps (recipe: 250)")
+    parser.add_argument("--steps", type=int, help="timed steps of each row (ladder: 2, on CUDA 10); optimizer steps (recipe, ablation: 250)")
     parser.add_argument("--tokens", type=int, default=131072, help="trained on by each row (architecture)")
     parser.add_argument("--megabytes", type=int, default=80, help="of text (tokenize)")
     parser.add_argument("--examples", type=int, default=400, help="scored (hellaswag)")
-    parser.add_argument("--seeds", type=int, default=2, help="of each recipe")
+    parser.add_argument("--seeds", type=int, default=2, help="of each run (recipe, ablation)")
+    parser.add_argument("--little", type=int, default=20000, help="bytes to overfit on (ablation)")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.4, 0.5, 0.6], help="parts of the tokens (recipe)")
     parser.add_argument("--json", help="write the tables to this file too")
     args = parser.parse_args()
@@ -718,7 +770,7 @@ def main():
     tables = []
     for name, command in COMMANDS.items():
         if args.command in (name, "all"):
-            steps = {"ladder": 10 if args.device.startswith("cuda") else 2, "recipe": 250}.get(name)
+            steps = {"ladder": 10 if args.device.startswith("cuda") else 2, "recipe": 250, "ablation": 250}.get(name)
             tables += command(argparse.Namespace(**{**vars(args), "steps": args.steps or steps}))
     if args.json:
         Path(args.json).write_text(json.dumps(tables, indent=1))
