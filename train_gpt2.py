@@ -350,12 +350,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for xc, tc in zip(x.chunk(chunks), targets.chunk(chunks)):
             logits = (xc @ w.T).float()                                         # (N / chunks, padded_vocab_size)
             logits[:, vocab_size:] = -torch.inf
-            counted, index = tc >= 0, tc.clamp(min=0)[:, None]
+            counted, index = (tc >= 0)[:, None], tc.clamp(min=0)[:, None]
             lse = logits.logsumexp(dim=1, keepdim=True)
-            loss += ((lse - logits.gather(1, index)).squeeze(1) * counted).sum()
-            if need_grad:
-                p = (logits - lse).exp()
-                p = (p.scatter_add(1, index, p.new_full(index.shape, -1.0)) * counted[:, None]).to(dtype)
+            loss += ((lse - logits.gather(1, index)) * counted).sum()
+            if need_grad:  # softmax minus one-hot, in the logits' own memory; zero where nothing counts
+                p = logits.sub_(lse.masked_fill(~counted, torch.inf)).exp_()
+                p = p.scatter_add_(1, index, -counted.float()).to(dtype)
                 grad_x.append(p @ w)
                 grad_w += p.T @ xc
         ctx.save_for_backward(*([torch.cat(grad_x), grad_w] if need_grad else []))

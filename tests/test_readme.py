@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fineweb
 import hellaswag
 import train_gpt2
+from conftest import ROOT, run
 
-ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 COMMANDS = {"train_gpt2.py": (train_gpt2.GPTConfig, train_gpt2.TrainConfig), "train_gpt2.py sample": (train_gpt2.SampleConfig,),
             "train_gpt2.py eval": (train_gpt2.EvalConfig,), "train_gpt2.py plot": (train_gpt2.PlotConfig,),
@@ -50,8 +50,7 @@ def test_flag_tables_are_those_of_help():
     assert "| `--n_layer` | 12 |" in text
     for command, classes in COMMANDS.items():
         script, *sub = command.split()
-        help_text = subprocess.run([sys.executable, ROOT / script, *sub, "--help"], capture_output=True, text=True).stdout
-        shown = set(re.findall(r"^  --(\w+)", help_text, flags=re.M))
+        shown = set(re.findall(r"^  --(\w+)", run(script, *sub, "--help")[0], flags=re.M))
         assert shown == {f.name for cls in classes for f in dataclasses.fields(cls) if "help" in f.metadata}, command
 
 
@@ -64,20 +63,26 @@ def test_readme_has_commands_to_run():
     assert len(blocks()) >= 4
 
 
-def test_commands_run_as_printed(tmp_path):
-    """In a copy of the repository as a user has it after the first command: a run in log/, here a short one."""
-    for name in ("train_gpt2.py", "fineweb.py", "hellaswag.py", "input.txt"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+def shell(code, folder):
     python = f"python() {{ {shlex.quote(sys.executable)} \"$@\"; }}; torchrun() {{ python -m torch.distributed.run \"$@\"; }}\n"
-    environment = {**os.environ, "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", python + code], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "HF_DATASETS_OFFLINE": "1"})
+    assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
 
-    def shell(code):
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", python + code], cwd=tmp_path, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
 
-    shell("python train_gpt2.py --max_steps 2 --total_batch_size 256 --sample_every 0 --eval_tokens 2048")
-    for block in blocks():
-        shell(block)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The repository as a user has it after the first command: a run in log/, here a short one."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name in ("train_gpt2.py", "fineweb.py", "hellaswag.py", "input.txt"):
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    shell("python train_gpt2.py --max_steps 2 --total_batch_size 256 --sample_every 0 --eval_tokens 2048", folder)
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(blocks())))
+def test_commands_run_as_printed(number, folder):
+    shell(blocks()[number], folder)
 
 
 if __name__ == "__main__":
