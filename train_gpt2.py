@@ -1,7 +1,7 @@
 """
 Trains GPT-2 from scratch: on a laptop's CPU, on one GPU, or on many.
 
-$ python train_gpt2.py                                             # Shakespeare, about a minute and a half on two CPU cores
+$ python train_gpt2.py                                             # Shakespeare, a minute and a half on two CPU cores
 $ python fineweb.py && python train_gpt2.py                        # GPT-2 124M on FineWeb-Edu, one GPU
 $ torchrun --standalone --nproc_per_node=8 train_gpt2.py           # the same run on eight GPUs
 $ torchrun --standalone --nproc_per_node=8 train_gpt2.py --resume  # ... and on from its newest checkpoint
@@ -24,6 +24,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from inspect import signature
 from itertools import islice
 from pathlib import Path
@@ -43,22 +44,27 @@ HERE = Path(__file__).resolve().parent
 # -----------------------------------------------------------------------------
 # config and presets
 
+model_flag, data_flag, recipe_flag, eval_flag, system_flag = (
+    partial(flag, group=group) for group in ("model", "data", "recipe", "evaluation", "system"))
+
+
 @dataclass
 class GPTConfig:
     """The shape of a model. The defaults are GPT-2 124M (Radford et al. 2019). Raises UserError if it cannot be built."""
-    n_layer: int = flag(12, "transformer blocks", group="model")
-    n_head: int = flag(12, "query heads in a block", group="model")
-    n_kv_head: int | None = flag(None, "key and value heads, shared by groups of query heads", group="model", default_text="n_head")
-    n_embd: int = flag(768, "channels", group="model")
-    block_size: int = flag(1024, "tokens of context", group="model")
-    dropout: float = flag(0.0, "chance of dropping an activation in training", group="model")
-    bias: bool = flag(True, "biases in linear layers and layer norms", group="model")
-    rope: bool = flag(False, "rotary instead of learned positions", group="model")
-    rmsnorm: bool = flag(False, "RMSNorm instead of LayerNorm", group="model")
-    swiglu: bool = flag(False, "SwiGLU instead of GELU, of the same size", group="model")
-    qk_norm: bool = flag(False, "RMSNorm on every query and key head", group="model")
-    window: int = flag(0, "tokens that a position sees, itself included; 0: all before it", group="model")
-    zero_init: bool = flag(False, "start residual projections at zero instead of GPT-2's scaled normal", group="model")
+    n_layer: int = model_flag(12, "transformer blocks")
+    n_head: int = model_flag(12, "query heads in a block")
+    n_kv_head: int | None = model_flag(None, "key and value heads, shared by groups of query heads",
+                                       default_text="n_head")
+    n_embd: int = model_flag(768, "channels")
+    block_size: int = model_flag(1024, "tokens of context")
+    dropout: float = model_flag(0.0, "chance of dropping an activation in training")
+    bias: bool = model_flag(True, "biases in linear layers and layer norms")
+    rope: bool = model_flag(False, "rotary instead of learned positions")
+    rmsnorm: bool = model_flag(False, "RMSNorm instead of LayerNorm")
+    swiglu: bool = model_flag(False, "SwiGLU instead of GELU, of the same size")
+    qk_norm: bool = model_flag(False, "RMSNorm on every query and key head")
+    window: int = model_flag(0, "tokens that a position sees, itself included; 0: all before it")
+    zero_init: bool = model_flag(False, "start residual projections at zero instead of GPT-2's scaled normal")
     # Not flags: the tokenizer's, and what a model folder may say otherwise.
     vocab_size: int = 50257
     eot: int | None = None            # end-of-text's id: the last one of the vocabulary
@@ -109,44 +115,55 @@ def auto_or_int(text):
 @dataclass
 class TrainConfig:
     """A run. The defaults are GPT-2 124M's recipe (GPT-3's, Brown et al. 2020, where GPT-2's paper is silent)."""
-    preset: str | None = flag(None, "a model with its recipe; any other flag overrides it", group="data", choices=["tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "modern"], default_text="gpt2 for shards, tiny for a text file")
-    data: str | None = flag(None, "a folder of shards, or a UTF-8 text file (its last 10% validates)", group="data", default_text="edu_fineweb10B beside the script if it holds shards, else input.txt")
-    tokenizer: str = flag("gpt2", "gpt2 or byte, for a text file; shards name their own", group="data", choices=["gpt2", "byte"])
-    out_dir: str = flag("log", "folder for checkpoints and log.jsonl", group="data")
-    init_from: str = flag("scratch", "scratch, or a model to fine-tune: a Hugging Face name (gpt2) or a folder", group="data", metavar="MODEL")
-    resume: str | None = flag(None, "continue from the newest good checkpoint of out_dir, if any; a path names one", group="data", const="auto", metavar="PATH", default_text="off", live=True)
+    preset: str | None = data_flag(None, "a model with its recipe; any other flag overrides it",
+                                   choices=["tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "modern"],
+                                   default_text="gpt2 for shards, tiny for a text file")
+    data: str | None = data_flag(None, "a folder of shards, or a UTF-8 text file (its last 10% validates)",
+                                 default_text="edu_fineweb10B beside the script if it holds shards, else input.txt")
+    tokenizer: str = data_flag("gpt2", "gpt2 or byte, for a text file; shards name their own",
+                               choices=["gpt2", "byte"])
+    out_dir: str = data_flag("log", "folder for checkpoints and log.jsonl")
+    init_from: str = data_flag("scratch", "scratch, or a model to fine-tune: a Hugging Face name (gpt2) or a folder",
+                               metavar="MODEL")
+    resume: str | None = data_flag(None, "continue from out_dir's newest good checkpoint, if any; a path names one",
+                                   const="auto", metavar="PATH", default_text="off", live=True)
 
-    total_batch_size: int = flag(524288, "tokens in an optimizer step, over all devices", group="recipe")
-    max_steps: int = flag(19073, "optimizer steps", group="recipe", live=True)
-    lr: float = flag(6e-4, "peak learning rate", group="recipe", live=True)
-    min_lr: float | None = flag(None, "learning rate at the end", group="recipe", default_text="lr / 10", live=True)
-    warmup_steps: int = flag(715, "steps of linear warm-up", group="recipe", live=True)
-    schedule: str = flag("cosine", "cosine decay, or wsd: constant, then linear decay", group="recipe", choices=["cosine", "wsd"], live=True)
-    decay_fraction: float = flag(0.4, "part of the run that wsd decays over", group="recipe", live=True)
-    weight_decay: float = flag(0.1, "decoupled weight decay of matrices", group="recipe", live=True)
-    beta1: float = flag(0.9, "AdamW's decay of the mean gradient", group="recipe")
-    beta2: float = flag(0.95, "AdamW's decay of the mean square", group="recipe")
-    grad_clip: float = flag(1.0, "largest gradient norm; 0: no limit", group="recipe", live=True)
-    optimizer: str = flag("adamw", "muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest", group="recipe", choices=["adamw", "muon"])
+    total_batch_size: int = recipe_flag(524288, "tokens in an optimizer step, over all devices")
+    max_steps: int = recipe_flag(19073, "optimizer steps", live=True)
+    lr: float = recipe_flag(6e-4, "peak learning rate", live=True)
+    min_lr: float | None = recipe_flag(None, "learning rate at the end", default_text="lr / 10", live=True)
+    warmup_steps: int = recipe_flag(715, "steps of linear warm-up", live=True)
+    schedule: str = recipe_flag("cosine", "cosine decay, or wsd: constant, then linear decay",
+                                choices=["cosine", "wsd"], live=True)
+    decay_fraction: float = recipe_flag(0.4, "part of the run that wsd decays over", live=True)
+    weight_decay: float = recipe_flag(0.1, "decoupled weight decay of matrices", live=True)
+    beta1: float = recipe_flag(0.9, "AdamW's decay of the mean gradient")
+    beta2: float = recipe_flag(0.95, "AdamW's decay of the mean square")
+    grad_clip: float = recipe_flag(1.0, "largest gradient norm; 0: no limit", live=True)
+    optimizer: str = recipe_flag("adamw", "muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest",
+                                 choices=["adamw", "muon"])
 
-    eval_every: int = flag(250, "steps between validations; 0: never", group="evaluation", live=True)
-    eval_tokens: int = flag(10485760, "validation tokens to use", group="evaluation", live=True)
-    sample_every: int = flag(250, "steps between samples; 0: never", group="evaluation", live=True)
-    checkpoint_every: int = flag(1000, "steps between checkpoints; 0: only on a signal", group="evaluation", live=True)
-    keep_checkpoints: int = flag(2, "newest checkpoints to keep; 0: all", group="evaluation", live=True)
-    hellaswag_every: int = flag(1000, "steps between HellaSwag scores; 0: never", group="evaluation", live=True)
-    hellaswag_data: str | None = flag(None, "HellaSwag's jsonl", group="evaluation", default_text="downloaded", live=True)
+    eval_every: int = eval_flag(250, "steps between validations; 0: never", live=True)
+    eval_tokens: int = eval_flag(10485760, "validation tokens to use", live=True)
+    sample_every: int = eval_flag(250, "steps between samples; 0: never", live=True)
+    checkpoint_every: int = eval_flag(1000, "steps between checkpoints; 0: only on a signal", live=True)
+    keep_checkpoints: int = eval_flag(2, "newest checkpoints to keep; 0: all", live=True)
+    hellaswag_every: int = eval_flag(1000, "steps between HellaSwag scores; 0: never", live=True)
+    hellaswag_data: str | None = eval_flag(None, "HellaSwag's jsonl", default_text="downloaded", live=True)
 
-    batch_size: int | str = flag("auto", "sequences per device in a micro-step; auto: the largest that fits and divides", group="system", type=auto_or_int, metavar="N|auto", live=True)
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", group="system", live=True)
-    dtype: str = flag("auto", "auto: bfloat16 where the chip has it, else float16 on CUDA, else float32", group="system", choices=["auto", "bfloat16", "float16", "float32"], live=True)
-    compile: bool | None = flag(None, "torch.compile the blocks and the loss", group="system", default_text="auto", live=True)
-    deterministic: bool = flag(False, "bit-for-bit repeatable on CUDA, slower", group="system", live=True)
-    seed: int = flag(1337, "seed of initialisation, data order and dropout", group="system")
-    loss_chunks: int = flag(0, "parts in which the loss is computed, to save memory; 0: auto", group="system", live=True)
-    wandb: str | None = flag(None, "log to this Weights & Biases project too", group="system", metavar="PROJECT", default_text="off", live=True)
-    tensorboard: bool = flag(False, "log to TensorBoard too, in out_dir", group="system", live=True)
-    quiet: bool = flag(False, "no progress bar or samples", group="system", live=True)
+    batch_size: int | str = system_flag("auto", "sequences per device in a micro-step; auto: the most that fit",
+                                        type=auto_or_int, metavar="N|auto", live=True)
+    device: str = system_flag("auto", "auto, cpu, cuda, cuda:1, mps", live=True)
+    dtype: str = system_flag("auto", "auto: bfloat16 where the chip has it, else float16 on CUDA, else float32",
+                             choices=["auto", "bfloat16", "float16", "float32"], live=True)
+    compile: bool | None = system_flag(None, "torch.compile the blocks and the loss", default_text="auto", live=True)
+    deterministic: bool = system_flag(False, "bit-for-bit repeatable on CUDA, slower", live=True)
+    seed: int = system_flag(1337, "seed of initialisation, data order and dropout")
+    loss_chunks: int = system_flag(0, "parts in which the loss is computed, to save memory; 0: auto", live=True)
+    wandb: str | None = system_flag(None, "log to this Weights & Biases project too",
+                                    metavar="PROJECT", default_text="off", live=True)
+    tensorboard: bool = system_flag(False, "log to TensorBoard too, in out_dir", live=True)
+    quiet: bool = system_flag(False, "no progress bar or samples", live=True)
 
 
 PRESETS = {  # what differs from the dataclasses' defaults; learning rates by size from GPT-3's table 2.1
@@ -158,9 +175,9 @@ PRESETS = {  # what differs from the dataclasses' defaults; learning rates by si
                    optimizer="muon", schedule="wsd", decay_fraction=0.6, lr=1.8e-3, min_lr=0.0),
     "tiny": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, tokenizer="byte",
                  rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False, zero_init=True,
-                 optimizer="muon", schedule="wsd", decay_fraction=0.6, lr=6e-3, min_lr=0.0, warmup_steps=15, weight_decay=0.01,
-                 total_batch_size=3072, max_steps=315, eval_every=105, eval_tokens=65536, sample_every=105, checkpoint_every=105,
-                 hellaswag_every=0, compile=False),
+                 optimizer="muon", schedule="wsd", decay_fraction=0.6, lr=6e-3, min_lr=0.0, warmup_steps=15,
+                 weight_decay=0.01, total_batch_size=3072, max_steps=315, eval_every=105, eval_tokens=65536,
+                 sample_every=105, checkpoint_every=105, hellaswag_every=0, compile=False),
 }
 
 # -----------------------------------------------------------------------------
@@ -701,9 +718,11 @@ def load_model_weights(model, folder, names):
         elif ours == "wpe.weight":
             tensor = tensor[:model.config.block_size]
         if tensor.shape != target.shape:
-            raise UserError(f"{folder}: {theirs[0]} has shape {tuple(tensor.shape)}, but config.json makes it {tuple(target.shape)}")
+            raise UserError(f"{folder}: {theirs[0]} has shape {tuple(tensor.shape)}, "
+                            f"but config.json makes it {tuple(target.shape)}")
         target.copy_(tensor)
-    left = [k for k in tensors if not k.endswith("rotary_emb.inv_freq") and not (model.config.tied and k == "lm_head.weight")]
+    left = [k for k in tensors
+            if not k.endswith("rotary_emb.inv_freq") and not (model.config.tied and k == "lm_head.weight")]
     if left:
         raise UserError(f"{folder}: the weights hold {left[0]}, which this model class does not have")
 
@@ -828,7 +847,8 @@ def open_data(path, tokenizer, block_size):
         splits = {split: fineweb.list_shards(path, split) for split in ("train", "val")}
         for split, shards in splits.items():
             if not shards:
-                raise UserError(f"{path}: no {split} shards (*_{split}_*.npy); make them with python fineweb.py --out {path}")
+                raise UserError(f"{path}: no {split} shards (*_{split}_*.npy); "
+                                f"make them with python fineweb.py --out {path}")
     else:
         tokens = np.array(tokenizer.encode(read_text(path)), dtype=np.uint32)
         cut = len(tokens) * 9 // 10
@@ -994,9 +1014,10 @@ def compiler_works(device):
         return False
 
 # dense bf16 (fp16 where the chip has no bf16) FLOP/s, from NVIDIA's data sheets
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12, "V100": 125e12,
-              "RTX 3060": 51e12, "RTX 3070": 81e12, "RTX 3080": 119e12, "RTX 3090": 142e12, "RTX 4070": 117e12, "RTX 4080": 195e12,
-              "RTX 4090": 330e12, "RTX 5070": 123e12, "RTX 5080": 225e12, "RTX 5090": 419e12}
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12,
+              "V100": 125e12, "RTX 3060": 51e12, "RTX 3070": 81e12, "RTX 3080": 119e12, "RTX 3090": 142e12,
+              "RTX 4070": 117e12, "RTX 4080": 195e12, "RTX 4090": 330e12, "RTX 5070": 123e12, "RTX 5080": 225e12,
+              "RTX 5090": 419e12}
 
 
 def flops_per_token(model):
@@ -1263,7 +1284,8 @@ def open_for_tuning(config, given, shards):
     model, tokenizer = open_model(config.init_from, **pick(given, GPTConfig))
     if tokenizer is None:
         raise UserError(f"--init_from {config.init_from}: no tokenizer files beside the model; save its tokenizer there")
-    for source, name in (("--tokenizer", given.get("tokenizer")), (f"the shards in {config.data}", shards and config.tokenizer)):
+    for source, name in (("--tokenizer", given.get("tokenizer")),
+                         (f"the shards in {config.data}", shards and config.tokenizer)):
         if name and name != tokenizer.name:
             raise UserError(f"{source}: {name} tokens, but the model of --init_from has its own, {tokenizer.name}")
     config.tokenizer = tokenizer.name
@@ -1345,8 +1367,8 @@ def out_of_memory(run):
                 run.model(x, x).backward()
         except torch.OutOfMemoryError:
             continue
-        return RunFailed(f"out of memory with --batch_size {size}; {fitting} fits: add --batch_size {fitting} (the tokens of a step, "
-                         f"and so the losses, stay the same); {newest(run.config.out_dir)}")
+        return RunFailed(f"out of memory with --batch_size {size}; {fitting} fits: add --batch_size {fitting} (the tokens "
+                         f"of a step, and so the losses, stay the same); {newest(run.config.out_dir)}")
     return RunFailed(f"out of memory with --batch_size {size}, and with 1; a smaller --block_size or model is needed")
 
 
@@ -1388,6 +1410,7 @@ class Run:
             self.config, self.model, self.tokenizer, notes = resolve(given)
             self.step, self.saved, state = 0, None, None
         config = self.config
+        set_precision(config.deterministic)
         self.dtype = pick_dtype(config.dtype, world.device_type)
         self.model.to(world.device)
         self.model.loss_chunks = config.loss_chunks
@@ -1397,7 +1420,8 @@ class Run:
         self.ddp = self.model
         if world.distributed:
             ddp = nn.parallel.DistributedDataParallel
-            sync = "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers"  # torch < 2.13
+            known = signature(ddp).parameters
+            sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.13
             self.ddp = ddp(self.model, gradient_as_bucket_view=True, **{sync: False})
         self.optimizers = make_optimizers(self.model, config, world.device_type)
         self.scaler = torch.amp.GradScaler(world.device_type, enabled=self.dtype == torch.float16)
@@ -1445,11 +1469,14 @@ class Run:
     def describe(self, notes):
         c, w, T = self.config, self.world, self.model.config.block_size
         tokens = self.train_data.windows * T
-        w.print(f"data    {c.data}: {tokens:,} tokens to train on, {self.val_data.windows * T:,} to validate, {c.tokenizer} (--data)\n"
+        w.print(f"data    {c.data}: {tokens:,} tokens to train on, {self.val_data.windows * T:,} to validate, "
+                f"{c.tokenizer} (--data)\n"
                 f"model   {c.preset}: {self.model.num_parameters():,} parameters (--preset, --init_from)\n"
-                f"device  {w.size} x {w.device_type}, {str(self.dtype)[6:]}, {'' if self.compiled else 'not '}compiled (--device, --dtype, --compile)\n"
-                f"batch   {c.total_batch_size:,} tokens a step = {plural(w.size, 'device')} x {plural(self.micro_steps, 'micro-step')} x "
-                f"{plural(self.batch_size, 'sequence')} x {plural(T, 'token')} (--total_batch_size, --batch_size)\n"
+                f"device  {w.size} x {w.device_type}, {str(self.dtype)[6:]}, {'' if self.compiled else 'not '}compiled "
+                f"(--device, --dtype, --compile)\n"
+                f"batch   {c.total_batch_size:,} tokens a step = {plural(w.size, 'device')} x "
+                f"{plural(self.micro_steps, 'micro-step')} x {plural(self.batch_size, 'sequence')} x {plural(T, 'token')} "
+                f"(--total_batch_size, --batch_size)\n"
                 f"run     {c.max_steps:,} steps, {c.max_steps * c.total_batch_size / tokens:.2f} times through the data, "
                 f"logged and saved in {c.out_dir}/ (--max_steps, --out_dir)")
         if transformers_type(self.model.config) == OWN_TYPE:
@@ -1535,9 +1562,11 @@ class Run:
         if self.examples and self.due("hellaswag", c.hellaswag_every):
             score = score_hellaswag(model, self.examples, self.tokenizer, world, self.dtype)
             log.write("hellaswag", self.step, **{k: score[k] for k in ("acc", "acc_norm", "n")})
-            world.print(f"step {self.step:>6,}  HellaSwag acc {score['acc']:.2%}, acc_norm {score['acc_norm']:.2%} of {score['n']:,}")
+            world.print(f"step {self.step:>6,}  HellaSwag acc {score['acc']:.2%}, acc_norm {score['acc_norm']:.2%} "
+                        f"of {score['n']:,}")
         if self.due("sample", c.sample_every):
-            text = sample_texts(model, self.tokenizer, SAMPLE_PROMPTS.get(self.tokenizer.name, "\n"), 1, 200, world, self.dtype)[0]
+            prompt = SAMPLE_PROMPTS.get(self.tokenizer.name, "\n")
+            text = sample_texts(model, self.tokenizer, prompt, 1, 200, world, self.dtype)[0]
             log.write("sample", self.step, text=text)
             if not c.quiet:
                 world.print(f"step {self.step:>6,}  sample:\n{text.strip()}\n")
@@ -1585,7 +1614,8 @@ class Progress:
             self.clock = time.time()  # the first step compiles
         if done == 10 and left > 10 and not self.run.config.quiet:
             seconds = left * (time.time() - self.clock) / 9
-            self.run.world.print(f"step {self.run.step:>6,}  about {seconds / 60:,.1f} minutes of training left at this rate, evaluations aside")
+            self.run.world.print(f"step {self.run.step:>6,}  about {seconds / 60:,.1f} minutes of training left at this rate, "
+                                 f"evaluations aside")
         if self.plain and (done == 1 or left == 0 or time.time() - self.printed > 10):
             self.printed = time.time()
             self.run.world.print(f"step {self.run.step:>6,}  {text}, lr {line['lr']:.2e}, norm {line['grad_norm']:.3f}")
@@ -1594,7 +1624,6 @@ class Progress:
 
 
 def run_training(given, world):
-    set_precision(given.get("deterministic", False))
     run = Run(given, world)
     out_dir, stopped, progress = run.config.out_dir, False, Progress(run)
     while True:
@@ -1647,7 +1676,8 @@ def train(argv):
 
 @dataclass
 class SampleConfig:
-    checkpoint: str = flag("log/latest", "a checkpoint, a model folder, or a Hugging Face name (gpt2)", metavar="MODEL")
+    checkpoint: str = flag("log/latest", "a checkpoint, a model folder, or a Hugging Face name (gpt2)",
+                           metavar="MODEL")
     prompt: str = flag("\n", "text to go on from", default_text="a line break")
     num_samples: int = flag(1, "texts, one after the other")
     max_new_tokens: int = flag(500, "tokens of each at most; it ends earlier at end-of-text")
@@ -1659,8 +1689,10 @@ class SampleConfig:
 
 @dataclass
 class EvalConfig:
-    checkpoint: str = flag("log/latest", "a checkpoint, a model folder, or a Hugging Face name (gpt2)", metavar="MODEL")
-    data: str | None = flag(None, "a folder of shards or a text file, whose validation part is used", default_text="the run's")
+    checkpoint: str = flag("log/latest", "a checkpoint, a model folder, or a Hugging Face name (gpt2)",
+                           metavar="MODEL")
+    data: str | None = flag(None, "a folder of shards or a text file, whose validation part is used",
+                            default_text="the run's")
     eval_tokens: int = flag(10485760, "validation tokens to use")
     hellaswag_data: str | None = flag(None, "HellaSwag's jsonl", default_text="downloaded")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")

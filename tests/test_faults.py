@@ -122,6 +122,14 @@ def test_compiled_run_compiles_once_and_resumes_bit_for_bit(small_shards, tmp_pa
     assert result(tmp_path / "log") == result(tmp_path / "whole")
 
 
+def test_a_resumed_run_is_deterministic_if_it_was(small_shards, tmp_path):
+    (tmp_path / "driver.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb, torch, train_gpt2\n"
+                                        "fineweb.run_cli(train_gpt2.main); print(torch.are_deterministic_algorithms_enabled())\n")
+    flags = ["--checkpoint_every", 6, "--data", small_shards, "--out_dir", tmp_path / "log"]
+    assert run(tmp_path / "driver.py", *SMALL, *flags, "--deterministic")[0].endswith("True\n")
+    assert run(tmp_path / "driver.py", "--resume", "--max_steps", 7, "--out_dir", tmp_path / "log")[0].endswith("True\n")
+
+
 def resume_copy(run_dir, step, out_dir):
     """What a run killed after this step's checkpoint would have left, had it logged on."""
     shutil.copytree(run_dir / f"step_{step:06d}", out_dir / f"step_{step:06d}")
