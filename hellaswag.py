@@ -371,7 +371,7 @@ def pick_dtype(name, device):
         return getattr(torch, name)
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
     native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.startswith("cuda") else
-              device == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16")))
+              device == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16") or cpu.get("bf16")))
     return torch.bfloat16 if native else torch.float32
 
 

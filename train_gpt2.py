@@ -23,7 +23,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from inspect import signature
 from itertools import islice
@@ -136,10 +136,10 @@ class TrainConfig:
     schedule: str = recipe_flag("cosine", "cosine decay, or wsd: constant, then linear decay",
                                 choices=["cosine", "wsd"], live=True)
     decay_fraction: float = recipe_flag(0.4, "part of the run that wsd decays over", live=True)
-    weight_decay: float = recipe_flag(0.1, "decoupled weight decay of matrices", live=True)
+    weight_decay: float = recipe_flag(0.1, "decoupled weight decay of matrices")
     beta1: float = recipe_flag(0.9, "AdamW's decay of the mean gradient")
     beta2: float = recipe_flag(0.95, "AdamW's decay of the mean square")
-    grad_clip: float = recipe_flag(1.0, "largest gradient norm; 0: no limit", live=True)
+    grad_clip: float = recipe_flag(1.0, "largest gradient norm; 0: no limit")
     optimizer: str = recipe_flag("adamw", "muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest",
                                  choices=["adamw", "muon"])
 
@@ -206,10 +206,21 @@ class NoRotary(nn.Module):
         return x
 
 
+def sdpa(q, k, v, **options):
+    """Scaled dot-product attention; k and v may have fewer heads than q. Off the CPU only flash attention's kernel takes
+    that (bfloat16, no mask): for the others they are repeated."""
+    autocast = torch.is_autocast_enabled(q.device.type)
+    dtype = torch.get_autocast_dtype(q.device.type) if autocast else q.dtype
+    flash = dtype == torch.bfloat16 and options.get("attn_mask") is None
+    if k.size(1) != q.size(1) and q.device.type != "cpu" and not flash:
+        k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=k.size(1) != q.size(1), **options)
+
+
 def full_attention(q, k, v, dropout):
     """Causal attention. q: (B, n_head, T, head_dim); k, v: (B, n_kv_head, T, head_dim). Returns a list of parts along T
     of what q's shape has: here one."""
-    return [F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=q.size(1) != k.size(1))]
+    return [sdpa(q, k, v, is_causal=True, dropout_p=dropout)]
 
 
 class WindowAttention(nn.Module):
@@ -225,19 +236,16 @@ class WindowAttention(nn.Module):
 
     def forward(self, q, k, v, dropout):
         """As `full_attention`; in two parts, since to join them would keep a copy of both for the backward pass."""
-        (B, H, T, D), N = q.shape, self.window
+        B, T, N = q.size(0), q.size(2), self.window
         if T <= N:
             return full_attention(q, k, v, dropout)
         first = full_attention(q[:, :, :N], k[:, :, :N], v[:, :, :N], dropout)  # has no block before it
         if T % N:
             q, k, v = (F.pad(t, (0, 0, 0, -T % N)) for t in (q, k, v))
-        if k.size(1) != H and k.device.type != "cpu":  # elsewhere the masked kernels want as many heads
-            k, v = (t.repeat_interleave(H // t.size(1), dim=1) for t in (k, v))
         # Views that overlap: for one sequence nothing is copied. (B * blocks, heads, N or 2N, D)
         k, v = (t.unfold(2, 2 * N, N).permute(0, 2, 1, 4, 3).flatten(0, 1) for t in (k, v))
         q = q[:, :, N:].unflatten(2, (-1, N)).transpose(1, 2).flatten(0, 1)
-        rest = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask.to(q.dtype), dropout_p=dropout,
-                                              enable_gqa=k.size(1) != H)
+        rest = sdpa(q, k, v, attn_mask=self.mask.to(q.dtype), dropout_p=dropout)
         return first + [rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :T - N]]
 
 
@@ -266,7 +274,7 @@ class LayerCache:
             k, v, mask = self.k, self.v, None
         else:
             mask = band(T, k.size(2), self.window, q.device)
-        return [F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.size(1) != k.size(1))]
+        return [sdpa(q, k, v, attn_mask=mask)]
 
 
 class KVCache:
@@ -376,13 +384,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad_x.append(p @ w)
                 grad_w += p.T @ xc
         ctx.save_for_backward(*([torch.cat(grad_x), grad_w] if need_grad else []))
-        ctx.dtypes = x.dtype, weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_w = ctx.saved_tensors
-        return (grad_x * grad).to(ctx.dtypes[0]), (grad_w * grad).to(ctx.dtypes[1]), None, None, None, None
+        return grad_x * grad, grad_w * grad, None, None, None, None
 
 
 class GPT(nn.Module):
@@ -446,7 +453,8 @@ class GPT(nn.Module):
         x = self.hidden_states(idx)
         if targets is None:
             return self.logits(x)
-        chunks = self.loss_chunks or max(1, targets.numel() * self.config.padded_vocab_size // 2**26)  # 256 MB in fp32
+        n = targets.numel()  # chunks of 256 MB of fp32 logits, or more where that would be many; short enough for fp16 sums
+        chunks = self.loss_chunks or max(1, n // 8192, min(16, n * self.config.padded_vocab_size // 2**26))
         loss = self.loss_sum(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.vocab_size, chunks,
                              torch.is_grad_enabled())
         return loss / (targets >= 0).sum()
@@ -454,6 +462,7 @@ class GPT(nn.Module):
     def compile(self):
         """Compiles one block for all of them, and the loss. The embedding stays outside: its compiled gradient on a CPU
         adds in no fixed order."""
+        torch._dynamo.config.optimize_ddp = False  # a block is a graph already; DDP's buckets would cut it again
         for block in self.h:
             block.compile(dynamic=False)
         self.loss_sum = torch.compile(self.loss_sum, dynamic=False)
@@ -497,9 +506,7 @@ class GPT(nn.Module):
         naming what this model class does not have."""
         folder = model_folder(name_or_folder)
         config, names = read_model_config(folder)
-        length = config.block_size
-        for key, value in overrides.items():
-            setattr(config, key, value)
+        config, length = replace(config, **overrides), config.block_size
         if config.block_size > length:
             raise UserError(f"--block_size {config.block_size}: {name_or_folder} was made for at most {length}")
         model = cls(config)
@@ -728,7 +735,7 @@ def load_model_weights(model, folder, names):
 
 
 def open_model(name_or_folder, **overrides):
-    """A model and its tokenizer (None if unknown)."""
+    """A model and its tokenizer."""
     model = GPT.from_pretrained(name_or_folder, **overrides)
     folder = model_folder(name_or_folder)
     name = json.loads((folder / "config.json").read_text()).get("tokenizer")
@@ -736,7 +743,9 @@ def open_model(name_or_folder, **overrides):
         name = str(folder) if any((folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json")) else None
         if name is None and model.config.vocab_size == 50257:
             name = "gpt2"
-    return model, name and fineweb.get_tokenizer(name)
+    if name is None:
+        raise UserError(f"{name_or_folder}: no tokenizer files beside the model; save its tokenizer there")
+    return model, fineweb.get_tokenizer(name)
 
 # -----------------------------------------------------------------------------
 # data
@@ -907,8 +916,16 @@ class World:
             store, *_ = next(dist.rendezvous("env://", self.rank, self.size))
             dist.init_process_group("nccl" if self.device_type == "cuda" else "gloo", rank=self.rank, world_size=self.size,
                                     store=dist.PrefixStore(self.agree_on_prefix(store), store))
+            self.store = store
         # a node whose own workers were well restarts them without counting it
-        self.restarted = self.sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))) > 0
+        restarts = self.sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+        self.restarted = restarts > 0 and not self.store.add("refused", 0)
+
+    def refuse(self, message):
+        """Raises a UserError that torchrun's restarts do not take for a run to be resumed."""
+        if self.distributed:
+            self.store.add("refused", 1)
+        raise UserError(message)
 
     def agree_on_prefix(self, store):
         """torchrun keeps one store over its restarts, with the addresses of processes that are dead: a prefix for the
@@ -992,14 +1009,9 @@ def pick_device(device, local_rank):
 
 def pick_dtype(name, device_type):
     """The dtype of activations and matmuls; parameters stay in float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device_type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
-    if device_type == "cpu":
-        has = getattr(torch.cpu, "get_capabilities", dict)()
-        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16") else torch.float32
-    return torch.float32
+    dtype = hellaswag.pick_dtype(name, device_type)
+    old_gpu = name == "auto" and device_type == "cuda" and dtype == torch.float32
+    return torch.float16 if old_gpu else dtype
 
 
 def autocast(device_type, dtype):
@@ -1013,11 +1025,11 @@ def compiler_works(device):
     except Exception:  # no C++ compiler, no Triton, an unknown chip, ...
         return False
 
-# dense bf16 (fp16 where the chip has no bf16) FLOP/s, from NVIDIA's data sheets
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12,
-              "V100": 125e12, "RTX 3060": 51e12, "RTX 3070": 81e12, "RTX 3080": 119e12, "RTX 3090": 142e12,
-              "RTX 4070": 117e12, "RTX 4080": 195e12, "RTX 4090": 330e12, "RTX 5070": 123e12, "RTX 5080": 225e12,
-              "RTX 5090": 419e12}
+# dense bf16 (fp16 where the chip has no bf16) FLOP/s with sums in fp32, from NVIDIA's data sheets and white papers
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L4": 121e12,
+              "T4": 65e12, "V100": 125e12, "RTX 3060": 25.5e12, "RTX 3070": 40.6e12, "RTX 3080": 59.5e12,
+              "RTX 3090": 71e12, "RTX 4070": 58.3e12, "RTX 4080": 97.5e12, "RTX 4090": 165.2e12, "RTX 5070": 61.7e12,
+              "RTX 5080": 112.6e12, "RTX 5090": 209.5e12}
 
 
 def flops_per_token(model):
@@ -1031,7 +1043,8 @@ def flops_per_token(model):
 def peak_flops(device_type):
     """Of one device, or None where it is unknown."""
     name = torch.cuda.get_device_name() if device_type == "cuda" else ""
-    return next((flops for chip, flops in PEAK_FLOPS.items() if re.search(rf"\b{chip}\b", name)), None)
+    return next((flops for chip, flops in PEAK_FLOPS.items()
+                 if re.search(rf"\b{chip}\b(?! Ti| SUPER| D| Laptop)", name)), None)
 
 # -----------------------------------------------------------------------------
 # evaluation and samples
@@ -1088,7 +1101,8 @@ def fsync_all(folder):
 
 def list_checkpoints(out_dir):
     """The checkpoint folders, oldest first."""
-    return sorted(p for p in Path(out_dir).glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name))
+    found = (p for p in Path(out_dir).glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name))
+    return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def save_checkpoint(out_dir, step, model, tokenizer, state, keep):
@@ -1112,24 +1126,36 @@ def save_checkpoint(out_dir, step, model, tokenizer, state, keep):
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFailed(f"{final} could not be written ({one_line(error)}); free some space; "
                         f"the newest complete checkpoint is {(list_checkpoints(out_dir) or ['none'])[-1]}") from None
-    for old in list_checkpoints(out_dir)[:-keep] if keep else []:
+    older = [p for p in list_checkpoints(out_dir) if int(p.name[5:]) <= step]  # a newer one is damaged
+    for old in older[:-keep] if keep else []:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def read_checkpoint(folder):
-    """A checkpoint's state and its model. Raises UserError naming what is damaged."""
+def read_state(folder, **how):
+    """A checkpoint's train_state.pt. Raises UserError naming what is damaged."""
     path = Path(folder) / "train_state.pt"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        config = GPTConfig(**state["model"])
+        state = torch.load(path, map_location="cpu", weights_only=True, **how)
+        return state | {"model": GPTConfig(**state["model"])}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a checkpoint to resume from has one") from None
     except Exception as error:  # zip, pickle and key errors of a damaged file
         raise UserError(f"{path}: damaged ({one_line(error)})") from None
-    model = GPT(config)
-    load_model_weights(model, Path(folder), describe_model(config)[1])
+
+
+def read_checkpoint(folder):
+    """A checkpoint's state and its model. Raises UserError naming what is damaged."""
+    state = read_state(folder)
+    model = GPT(state["model"])
+    load_model_weights(model, Path(folder), describe_model(model.config)[1])
     return state, model
+
+
+def run_folder(resume):
+    """The out_dir of the checkpoint, or the run, that --resume names."""
+    path = Path(resume).resolve()
+    return path.parent if (path / "train_state.pt").exists() else path
 
 
 def find_checkpoint(out_dir, resume, world):
@@ -1180,8 +1206,11 @@ class RunLog:
         if not self.active:
             return
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with open(self.path, "a") as f:
-            f.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        except OSError as error:
+            raise RunFailed(f"{self.path}: {error.strerror}; free some space, then add --resume") from None
         numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
         if self.wandb:
             self.wandb.log({"step": step, **numbers})
@@ -1282,8 +1311,6 @@ def open_for_tuning(config, given, shards):
     if shape:
         raise UserError(f"--{shape[0]}: --init_from takes its shape from the model it opens; leave the flag out")
     model, tokenizer = open_model(config.init_from, **pick(given, GPTConfig))
-    if tokenizer is None:
-        raise UserError(f"--init_from {config.init_from}: no tokenizer files beside the model; save its tokenizer there")
     for source, name in (("--tokenizer", given.get("tokenizer")),
                          (f"the shards in {config.data}", shards and config.tokenizer)):
         if name and name != tokenizer.name:
@@ -1337,36 +1364,47 @@ def split_batch(config, model, world, dtype, previous):
 
 def largest_batch(model, sizes, world, dtype):
     """The largest of the sizes that fits on the GPU, from what micro-steps of one and of two sequences take."""
-    peaks = []
-    for size in (1, 2):
-        x = torch.zeros(size, model.config.block_size, dtype=torch.long, device=world.device)
-        torch.cuda.reset_peak_memory_stats()
-        with autocast(world.device_type, dtype):
-            model(x, x).backward()
-        peaks.append(torch.cuda.max_memory_allocated())
-        model.zero_grad(set_to_none=True)
+    peaks, chunks = [], model.loss_chunks
+    try:
+        for size in (1, 2) if max(sizes) > 1 else ():
+            model.loss_chunks = chunks or size  # of one length: the logits are no cost per sequence
+            x = torch.zeros(size, model.config.block_size, dtype=torch.long, device=world.device)
+            torch.cuda.reset_peak_memory_stats()
+            with autocast(world.device_type, dtype):
+                model(x, x).backward()
+            peaks.append(torch.cuda.max_memory_allocated())
+            model.zero_grad(set_to_none=True)
+    except torch.OutOfMemoryError:
+        pass
+    model.loss_chunks = chunks
+    model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
-    free, used = torch.cuda.mem_get_info()[0], torch.cuda.memory_allocated()
-    per_sequence, moments = peaks[1] - peaks[0], 2 * used
-    room = 0.92 * (free + used) - moments - (peaks[0] - per_sequence)
-    fitting = [size for size in sizes if size * per_sequence <= room] or [1]
-    return world.min(max(fitting))  # the same on all ranks
+    largest = 1
+    if len(peaks) == 2:
+        free, used = torch.cuda.mem_get_info()[0], torch.cuda.memory_allocated()
+        per_sequence, later = peaks[1] - peaks[0], (2 + world.distributed) * used  # AdamW's moments, DDP's buckets
+        room = 0.92 * (free + used) - later - (peaks[0] - per_sequence)
+        largest = max([size for size in sizes if size * per_sequence <= room], default=1)
+    return world.min(largest)  # the same on all ranks
 
 
 def out_of_memory(run):
     """The error for a run whose micro-step did not fit, naming a batch that does: tried, smaller and smaller."""
-    size, config = run.batch_size, run.model.config
-    moments = [torch.empty_like(p) for p in run.model.parameters() for _ in range(2)] if run.step == 0 else []  # still to come
+    size, config, run.ddp = run.batch_size, run.model.config, None
     for fitting in reversed([d for d in range(1, size) if (size * run.micro_steps) % d == 0 and d & (d - 1) == 0]):
         run.model.zero_grad(set_to_none=True)
         if run.world.device_type == "cuda":
             torch.cuda.empty_cache()
         try:
+            later = 2 * (run.step == 0) + run.world.distributed  # AdamW's moments, DDP's buckets
+            held = [torch.empty_like(p) for p in run.model.parameters() for _ in range(later)]
             x = torch.zeros(fitting, config.block_size, dtype=torch.long, device=run.world.device)
             with autocast(run.world.device_type, run.dtype), uncompiled():
                 run.model(x, x).backward()
         except torch.OutOfMemoryError:
             continue
+        finally:
+            held = None
         return RunFailed(f"out of memory with --batch_size {size}; {fitting} fits: add --batch_size {fitting} (the tokens "
                          f"of a step, and so the losses, stay the same); {newest(run.config.out_dir)}")
     return RunFailed(f"out of memory with --batch_size {size}, and with 1; a smaller --block_size or model is needed")
@@ -1395,6 +1433,10 @@ class Run:
     def __init__(self, given, world):
         self.world, self.stop = world, StopRequest()
         resume = given.get("resume") or ("auto" if world.restarted else None)
+        if world.restarted and resume != "auto":
+            home = given.get("out_dir") or run_folder(resume)
+            if list_checkpoints(home):  # they are newer than the one that --resume named at the first start
+                given, resume = {**given, "out_dir": str(home)}, "auto"
         found = self.find(given, resume)
         if found:
             folder, state, self.model = found
@@ -1441,7 +1483,7 @@ class Run:
             if resume:
                 found = find_checkpoint(out_dir, resume, world)
             elif list_checkpoints(out_dir) or (Path(out_dir) / "log.jsonl").exists():
-                raise UserError(f"{out_dir} already holds a run; add --resume to continue it, or choose another --out_dir")
+                world.refuse(f"{out_dir} already holds a run; add --resume to continue it, or choose another --out_dir")
         folder = world.from_rank_0(found and str(found[0]))
         if folder and world.rank > 0:
             found = Path(folder), *read_checkpoint(folder)
@@ -1459,12 +1501,17 @@ class Run:
         return wanted
 
     def open_hellaswag(self):
+        """The examples, or None on every rank if one of them has none."""
+        examples = problem = None
         try:
-            return hellaswag.load_examples(self.config.hellaswag_data)
+            examples = hellaswag.load_examples(self.config.hellaswag_data)
         except UserError as error:
             if self.config.hellaswag_data:
                 raise
-            self.world.print(f"HellaSwag is left out: {error}")
+            problem = error
+        if self.world.min(int(problem is None)):
+            return examples
+        self.world.print(f"HellaSwag is left out: {problem or 'another process could not read it'}")
 
     def describe(self, notes):
         c, w, T = self.config, self.world, self.model.config.block_size
@@ -1519,12 +1566,11 @@ class Run:
                 group["lr"] = lr
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         loss, norm, stop = world.mean(total, norm, self.stop.at is not None)  # the step's one host read
-        if math.isfinite(norm) or self.scaler.is_enabled():  # the scaler skips by itself, and learns from it
-            for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
-            self.scaler.update()
         for optimizer in self.optimizers:
+            if math.isfinite(norm):  # not the scaler's own test, which is an optimizer's: one bad gradient stops both
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
         self.step += 1
         seconds = time.time() - started
@@ -1662,9 +1708,17 @@ def newest(out_dir):
     return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was written"
 
 
+def saved_device(given):
+    """The --device of the run that is resumed."""
+    resume = given.get("resume")
+    folder = run_folder(resume) if resume not in (None, "auto") else Path(given.get("out_dir", TrainConfig.out_dir))
+    lines = read_log(folder / "log.jsonl") if resume and (folder / "log.jsonl").exists() else []
+    return lines[0].get("device", "auto") if lines else "auto"
+
+
 def train(argv):
     given = fineweb.parse_flags(argv, GPTConfig, TrainConfig, prog="train_gpt2.py", description=__doc__.strip())
-    world = World(given.get("device", "auto"))
+    world = World(given.get("device") or saved_device(given))
     try:
         run_training(given, world)
     except (Exception, KeyboardInterrupt) as error:
@@ -1715,8 +1769,6 @@ def sample(argv):
         raise UserError("--temperature, --top_k and --max_new_tokens must not be negative, --num_samples at least 1")
     device = pick_device(c.device, 0)
     model, tokenizer = open_model(c.checkpoint)
-    if tokenizer is None:
-        raise UserError(f"{c.checkpoint}: no tokenizer files beside the model; save its tokenizer there")
     model.to(device)
     prompt = torch.tensor([tokenizer.encode(c.prompt) or [tokenizer.eot]], device=device)
     generator = torch.Generator(device).manual_seed(c.seed)
@@ -1739,10 +1791,8 @@ def evaluate(argv):
     world = World(c.device)
     dtype = pick_dtype("auto", world.device_type)
     model, tokenizer = open_model(c.checkpoint)
-    if tokenizer is None:
-        raise UserError(f"{c.checkpoint}: no tokenizer files beside the model; save its tokenizer there")
     state = Path(c.checkpoint) / "train_state.pt"
-    data = c.data or (read_checkpoint(c.checkpoint)[0]["config"]["data"] if state.exists() else default_data())
+    data = c.data or (read_state(c.checkpoint, mmap=True)["config"]["data"] if state.exists() else default_data())
     if not os.path.exists(data):
         raise UserError(f"--data {data}: no such file or folder")
     model.to(world.device)

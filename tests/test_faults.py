@@ -13,7 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import fineweb
+import train_gpt2
+from train_gpt2 import GPT, GPTConfig, TrainConfig, World
 from conftest import ROOT, SMALL, log_lines, losses, refused, run, start
 from test_hellaswag import make_examples
 
@@ -268,7 +272,8 @@ def test_nothing_is_unpickled(one_process, tmp_path):
 def test_resume_refuses_what_it_cannot_change(one_process, small_shards, tmp_path):
     shutil.copytree(one_process, tmp_path / "log", symlinks=True)
     resume = ["train_gpt2.py", "--out_dir", tmp_path / "log", "--device", "cpu", "--resume"]
-    for flags in (["--n_layer", 3], ["--data", ROOT / "input.txt"], ["--total_batch_size", 1024], ["--seed", 1], ["--optimizer", "muon"]):
+    for flags in (["--n_layer", 3], ["--data", ROOT / "input.txt"], ["--total_batch_size", 1024], ["--seed", 1], ["--optimizer", "muon"],
+                  ["--weight_decay", 0.5]):
         assert f"{flags[0]} {flags[1]}: the run in" in refused(*resume, *flags)
     run(*resume, "--n_layer", 2, "--data", small_shards, "--max_steps", 32, "--lr", 1e-4, "--batch_size", 4, "--eval_every", 16)
     assert len(losses(tmp_path / "log")) == 32 and log_lines(tmp_path / "log", "train")[-1]["lr"] < 1.1e-4
@@ -316,6 +321,23 @@ def test_a_nan_on_one_rank_skips_the_update_on_all(small_shards, tmp_path):
     lines = log_lines(tmp_path / "log", "train")
     assert [bool(line.get("skipped")) for line in lines] == [False] * 3 + [True] * 2 + [False]
     assert lines[3]["loss"] is None and lines[5]["loss"] > 0 and "not finite" in out
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_bad_gradient_of_one_optimizer_skips_both(dtype, bad, small_shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    flags = [*SMALL, "--optimizer", "muon", "--dtype", dtype, "--data", small_shards, "--out_dir", tmp_path / "log"]
+    run = train_gpt2.Run(fineweb.parse_flags(list(map(str, flags)), GPTConfig, TrainConfig, prog="", description=""), World("cpu"))
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype == "float16")
+    run.train_step()
+    before = [p.clone() for p in run.model.parameters()]
+    hook = run.model.wte.weight.register_hook(lambda grad: grad * bad)  # AdamW's, not Muon's
+    assert run.train_step()[0]["skipped"] and all(map(torch.equal, before, run.model.parameters()))
+    hook.remove()
+    line, _ = run.train_step()
+    assert "skipped" not in line and not any(map(torch.equal, before, run.model.parameters()))
+    run.log.close()
 
 
 def test_ten_nans_in_a_row_end_the_run(small_shards, tmp_path):
@@ -400,6 +422,23 @@ def test_a_full_disk_keeps_the_old_checkpoints_and_says_so(tiny_disk, small_shar
     kept = sorted(p.name for p in (tiny_disk / "log").glob("step_*"))
     assert kept == ["step_000002"] and not list((tiny_disk / "log").glob(".tmp_step*"))
     run("train_gpt2.py", "--resume", tiny_disk / "log/step_000002", "--out_dir", tmp_path / "log", "--device", "cpu")
+
+
+def test_the_checkpoint_just_written_is_kept_beside_a_damaged_newer_one(tmp_path):
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=64))
+    for step in (100, 200, 1_000_000, 130):
+        train_gpt2.save_checkpoint(tmp_path, step, model, None, {"model": {}}, keep=1 if step == 130 else 0)
+    assert [p.name for p in train_gpt2.list_checkpoints(tmp_path)] == ["step_000130", "step_000200", "step_1000000"]
+    assert os.readlink(tmp_path / "latest") == "step_000130"
+
+
+def test_torchruns_restart_does_not_resume_a_run_that_was_refused(one_process, small_shards):
+    before = (one_process / "log.jsonl").read_text()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "--max_restarts", "1",
+               "--monitor_interval", "0.1", str(ROOT / "train_gpt2.py"), *map(str, [*SMALL, "--max_steps", 40, "--data", small_shards,
+                                                                                  "--out_dir", one_process])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr.count("already holds a run") == 2 and (one_process / "log.jsonl").read_text() == before, done.stderr
 
 
 def test_keep_checkpoints(small_shards, tmp_path):

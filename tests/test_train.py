@@ -217,3 +217,4 @@ def test_fine_tuning_takes_shape_and_tokenizer(tmp_path, text_file):
     idx = torch.randint(0, 257, (1, 32))
     assert torch.allclose(GPT.from_pretrained(tmp_path / "log/latest")(idx), model(idx), atol=0.05)
     assert "takes its shape" in refused("train_gpt2.py", *flags, "--n_layer", 2, "--out_dir", tmp_path / "b")
+    assert "--dropout 1.5" in refused("train_gpt2.py", *flags, "--dropout", 1.5, "--out_dir", tmp_path / "b")
