@@ -64,7 +64,8 @@ def test_auto_batch_fits_gpt2(tmp_path):
 @pytest.mark.parametrize("parts", [["--window", 16], ["--n_head", 4, "--n_kv_head", 2, "--rope"], ["--optimizer", "muon", "--rmsnorm", "--swiglu"]])
 def test_modern_parts_compile(parts, small_shards, tmp_path):
     flags = [f for f in ON_CUDA if f != "--no-compile"]
-    run("train_gpt2.py", *flags, *parts, "--dtype", "bfloat16", "--compile", "--data", small_shards, "--out_dir", tmp_path / "log", timeout=600)
+    run("train_gpt2.py", *flags, *parts, "--dtype", "bfloat16", "--compile", "--data", small_shards, "--out_dir", tmp_path / "log",
+        torchrun=1, timeout=600)
     assert losses(tmp_path / "log")[-1] < losses(tmp_path / "log")[0]
 
 
