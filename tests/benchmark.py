@@ -642,9 +642,13 @@ def small_run(flags, folder, **given):
 
 
 def recipe_run(flags, lr, seed, steps, folder):
-    """Returns the final validation loss."""
-    lines = small_run(flags, folder, lr=lr, seed=seed, max_steps=steps, eval_every=10**6, eval_tokens=111520)
-    return next(line["loss"] for line in lines if line["kind"] == "val")
+    """Returns (million tokens, validation loss) at each fifth of the run."""
+    lines = small_run(flags, folder, lr=lr, seed=seed, max_steps=steps, eval_every=max(1, steps // 5), eval_tokens=111520)
+    return [(line["step"] * 4096 / 1e6, line["loss"]) for line in lines if line["kind"] == "val"]
+
+
+def final_loss(run):
+    return run.result()[-1][1]
 
 
 def pool_of_runs(args):
@@ -664,22 +668,25 @@ def recipe(args):
 
         seeds = list(range(1, args.seeds + 1))
         first = {name: {lr: start(flags, lr, seeds[0], args.steps) for lr in rates} for name, (flags, rates) in RECIPES.items()}
-        best = {name: min(runs, key=lambda lr: runs[lr].result()) for name, runs in first.items()}
+        best = {name: min(runs, key=lambda lr: final_loss(runs[lr])) for name, runs in first.items()}
         others = {name: [start(RECIPES[name][0], best[name], seed, args.steps) for seed in seeds[1:]] for name in RECIPES}
-        losses = {name: [first[name][best[name]].result(), *(f.result() for f in others[name])] for name in RECIPES}
+        runs = {name: [first[name][best[name]], *others[name]] for name in RECIPES}
+        losses = {name: list(map(final_loss, runs[name])) for name in RECIPES}
         goal = statistics.mean(losses["gpt2"])
-        shares = {share: [start(RECIPES["all"][0], best["all"], seed, round(share * args.steps)) for seed in seeds] for share in args.shares}
-        shares = {share: [f.result() for f in runs] for share, runs in shares.items()}
-    rows = [{"recipe": name, "best lr": best[name], "losses at the three": ", ".join(f"{r.result():.4f}" for r in first[name].values()),
+        parts = {share: [start(RECIPES["all"][0], best["all"], seed, round(share * args.steps)) for seed in seeds] for share in args.shares}
+        shares = {share: list(map(final_loss, parts[share])) for share in parts}
+    rows = [{"recipe": name, "best lr": best[name], "losses at the three": ", ".join(f"{final_loss(run):.4f}" for run in first[name].values()),
              "loss": spread(losses[name]), "against gpt2": f"{statistics.mean(losses[name]) - goal:+.4f}"} for name in RECIPES]
     part = [{"tokens": round(share * args.steps) * 4096, "share": f"{share:.0%}", "loss": spread(runs),
              "against gpt2 at 100%": f"{statistics.mean(runs) - goal:+.4f}"} for share, runs in shares.items()]
-    draw_recipe(args, losses, shares)
+    curves = {f"{name}, lr {best[name]:g}": runs[name][0].result() for name in RECIPES}
+    draw_recipe(curves, {f"all, in {share:.0%} of the tokens": parts[share][0].result() for share in parts})
     return [table(f"Loss after {args.steps * 4096:,} tokens of input.txt, 4 x 128, {args.seeds} seeds (mean ± half the range)", rows),
             table("All together, on fewer tokens", part)]
 
 
-def draw_recipe(args, losses, shares):
+def draw_recipe(curves, shorter):
+    """curves, shorter: {name: [(million tokens, validation loss)]}"""
     try:
         import matplotlib
     except ImportError:
@@ -687,15 +694,15 @@ def draw_recipe(args, losses, shares):
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, values in losses.items():
-        axes.plot([args.steps * 4096 / 1e6] * len(values), values, "o", label=name)
-    points = sorted((share, statistics.mean(v)) for share, v in {**shares, 1.0: losses["all"]}.items())
-    axes.plot([share * args.steps * 4096 / 1e6 for share, _ in points], [v for _, v in points], "-", color="gray", label="all, by tokens")
-    axes.axhline(statistics.mean(losses["gpt2"]), ls=":", color="gray")
-    axes.set(xlabel="million tokens in the run", ylabel="validation loss, nats a byte")
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, points in curves.items():
+        axes.plot(*zip(*points), "o-", ms=3, label=name)
+    for name, points in shorter.items():
+        axes.plot(*zip(*points), "o--", ms=3, lw=0.8, label=name)
+    axes.axhline(curves[next(iter(curves))][-1][1], ls=":", color="gray")
+    axes.set(xlabel="million tokens", ylabel="validation loss, nats a byte", ylim=(None, 3.2))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7)
     (ROOT / "assets").mkdir(exist_ok=True)
     figure.savefig(ROOT / "assets/recipe.png", dpi=150)
 
