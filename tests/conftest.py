@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"),
-                  OMP_WAIT_POLICY="PASSIVE")  # threads that spin starve the other processes of a test
+                  OMP_WAIT_POLICY="PASSIVE",  # threads that spin starve the other processes of a test
+                  TORCHINDUCTOR_VEC_ISA_OK="1")  # no trial compilations of what /proc/cpuinfo says: ten seconds
 
 import torch  # noqa: E402  after the thread count is set
 
