@@ -773,7 +773,7 @@ def main():
     parser.add_argument("--examples", type=int, default=400, help="scored (hellaswag)")
     parser.add_argument("--seeds", type=int, default=2, help="of each run (recipe, ablation)")
     parser.add_argument("--little", type=int, default=20000, help="bytes to overfit on (ablation)")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.4, 0.5, 0.6], help="parts of the tokens (recipe)")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.6], help="parts of the tokens (recipe)")
     parser.add_argument("--json", help="write the tables to this file too")
     args = parser.parse_args()
     args.dtype = args.dtype or str(pick_dtype("auto", args.device.split(":")[0]))[6:]
