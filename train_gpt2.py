@@ -176,8 +176,8 @@ PRESETS = {  # what differs from the dataclasses' defaults; learning rates by si
     "tiny": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, tokenizer="byte",
                  rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False,
                  optimizer="muon", schedule="wsd", decay_fraction=0.6, lr=6e-3, min_lr=0.0, warmup_steps=15,
-                 weight_decay=0.01, total_batch_size=3072, max_steps=315, eval_every=105, eval_tokens=65536,
-                 sample_every=105, checkpoint_every=105, hellaswag_every=0, compile=False),
+                 weight_decay=0.01, total_batch_size=3072, max_steps=285, eval_every=95, eval_tokens=65536,
+                 sample_every=95, checkpoint_every=95, hellaswag_every=0, compile=False),
 }
 
 # -----------------------------------------------------------------------------
