@@ -87,13 +87,13 @@ def test_a_trillion_tokens(tmp_path):
             f.write(header)
             f.truncate(128 + 200_000_000)
     before, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
-    for _ in range(3):
-        start = time.process_time()  # other processes have the cores too
+    for _ in range(3):  # another process may hold the disk for a moment
+        start = time.perf_counter()
         train, val = open_data(str(tmp_path), SimpleNamespace(vocab_size=50257), 1024)
         loader = Loader(train, 16, world(1023, 1024), 1337)
         loader.load_state_dict({"epoch": 2, "window": 123_456_789})
         x, y = loader.next_batch()
-        seconds.append(time.process_time() - start)
+        seconds.append(time.perf_counter() - start)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert train.windows == 9_999 * 97_656 and x.shape == (16, 1024)
     assert min(seconds) < 2 and grown < 50, (seconds, grown)

@@ -114,14 +114,15 @@ def test_compiled_run_compiles_once_and_resumes_bit_for_bit(small_shards, tmp_pa
     flags = [*[f for f in LONG if f != "--no-compile"], "--compile", "--n_layer", 2, "--max_steps", 7, "--checkpoint_every", 4,
              "--keep_checkpoints", 0, "--eval_every", 2, "--sample_every", 2, "--hellaswag_every", 3,
              "--hellaswag_data", tmp_path / "hellaswag.jsonl", "--data", small_shards]
-    out, _ = run(tmp_path / "driver.py", *flags, "--out_dir", tmp_path / "whole")
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    out, _ = run(tmp_path / "driver.py", *flags, "--out_dir", tmp_path / "whole", env=cache)
     graphs = [tuple(map(int, line.split()[1:])) for line in out.splitlines() if line.startswith("graphs")]
     assert graphs[1][1] > 0 and len({count for step, count in graphs if step == 1}) == 1
     assert len({count for step, count in graphs if step > 2}) == 1 and graphs[-1] == (7, graphs[4][1]), graphs
-    process = start("train_gpt2.py", *flags, "--out_dir", tmp_path / "log")
+    process = start("train_gpt2.py", *flags, "--out_dir", tmp_path / "log", env=cache)
     wait_for(lambda: log_has_step(tmp_path / "log", 5), process)
     kill(process)
-    out, _ = run("train_gpt2.py", *flags, "--out_dir", tmp_path / "log", "--resume")
+    out, _ = run("train_gpt2.py", *flags, "--out_dir", tmp_path / "log", "--resume", env=cache)
     assert "at step 4" in out and ", compiled" in out
     assert result(tmp_path / "log") == result(tmp_path / "whole")
 
