@@ -14,7 +14,6 @@ The last line printed is one JSON object.
 """
 
 import contextlib
-import copy
 import inspect
 import json
 import logging
@@ -24,7 +23,6 @@ import random
 import re
 import time
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -124,7 +122,77 @@ def render(example, encode, style):
 
 
 # -----------------------------------------------------------------------------
-# the model: our own GPT (hidden states, head and cache), or one of Transformers'
+# an example as rows of tokens
+
+@dataclass
+class Row:
+    """Texts that begin alike, in one row: what they share is read once (branch 0), then comes the rest of each
+    (branches 1, 2, …), which sees what is shared and itself."""
+    ids: list
+    positions: list  # each token's place in its text
+    branches: list
+    scored: list     # (place in the row, the token to predict there, the ending that it belongs to)
+
+
+def make_row(texts, starts, endings, shared):
+    """texts: lists of ids that agree on their first `shared` tokens, scored from `starts` on, at least max(1, shared);
+    `endings`: their numbers. The last token of a text is predicted, never read."""
+    row = Row(texts[0][:shared], list(range(shared)), [0] * shared, [])
+    for branch, (text, start, ending) in enumerate(zip(texts, starts, endings), 1):
+        offset = len(row.ids) - shared
+        row.scored += [(place if place < shared else place + offset, text[place + 1], ending)
+                       for place in range(start - 1, len(text) - 1)]
+        row.ids += text[shared:-1]
+        row.positions += range(shared, len(text) - 1)
+        row.branches += [branch] * (len(text) - 1 - shared)
+    return row
+
+
+@dataclass
+class Item:
+    """One example, ready to run."""
+    index: int
+    rows: list       # one for the four endings, or one for each
+    lengths: list    # what acc_norm divides the losses by
+    truncated: bool
+
+    @property
+    def longest(self):
+        return max(len(row.ids) for row in self.rows)
+
+
+def make_rows(texts, starts, branching):
+    if branching:
+        return [make_row(texts, starts, range(4), min(len(os.path.commonprefix(texts)), *starts))]
+    return [make_row([text], [start], [k], len(text) - 1) for k, (text, start) in enumerate(zip(texts, starts))]
+
+
+def prepare(index, example, encode, style, block_size, branching):
+    context, endings, lengths = render(example, encode, style)
+    whole = [context + ending for ending in endings]
+    texts = [text[-(block_size + 1):] for text in whole]
+    starts = [max(1, len(context) - len(before) + len(text)) for before, text in zip(whole, texts)]
+    if style == "completion":
+        lengths = [len(text) - start for text, start in zip(texts, starts)]  # less than the ending where that was cut
+    return Item(index, make_rows(texts, starts, branching), lengths, any(len(text) > block_size + 1 for text in whole))
+
+
+def batches_of(items, tokens, overhead):
+    """Items that run together, about `tokens` tokens at a time. Shorter rows are padded: a batch ends where that costs
+    more than `overhead`, what another pass costs in tokens."""
+    batch, padding = [], 0
+    for item in sorted(items, key=lambda item: item.longest, reverse=True):
+        rows, longest = len(item.rows), (batch or [item])[0].longest
+        padding += rows * (longest - item.longest)
+        if batch and (padding > overhead or (len(batch) + 1) * rows * longest > tokens):
+            yield batch
+            batch, padding = [], 0
+        batch.append(item)
+    yield from [batch] if batch else []
+
+
+# -----------------------------------------------------------------------------
+# the model: our own GPT, or one of Transformers'
 
 def is_ours(model):
     return hasattr(model, "hidden_states")
@@ -135,143 +203,66 @@ def config_value(model, *names, default=None):
     return next((value for value in (getattr(config, name, None) for name in names) if value), default)
 
 
-def new_cache(model):
-    """An empty cache, or None for a model whose past is not keys and values that rows can share."""
+def window_of(model):
+    """How many tokens a position sees, itself included; 0: all before it. None: the layers are not alike."""
+    window = config_value(model, "window", "sliding_window", default=0)
+    kinds = set(config_value(model, "layer_types", default=["sliding_attention" if window else "full_attention"]))
+    return {"full_attention": 0, "sliding_attention": window}.get(kinds.pop()) if len(kinds) == 1 else None
+
+
+def takes_branches(model, device):
+    """Whether the model can read rows that branch. A Transformers model is asked: a short text, scored both ways."""
+    if is_ours(model) or window_of(model) is None:
+        return is_ours(model)
+    ids = [(7 * i * i + 3) % config_value(model, "vocab_size") for i in range(48)]
+    texts = [ids[:16] + ids[8 * k:8 * k + 8] for k in range(2, 6)]
+    try:
+        branching, plain = (score_items(model, [Item(0, make_rows(texts, [16] * 4, way), [8] * 4, False)], device, way)
+                            for way in (True, False))
+    except Exception:  # no such argument, no such shape, ...
+        return False
+    return torch.allclose(branching, plain, rtol=1e-4 if model.dtype == torch.float32 else 1e-2)
+
+
+def reader(model, idx, positions, branches):
+    """Runs rows, (B, T) int64 each, padding in a branch of its own. Returns a function: places among the B * T -> their
+    logits (N, vocab_size). branches None: plain rows, padded on the right, where a causal model does not look."""
+    if branches is None:
+        options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        logits = model(input_ids=idx, **options).logits.flatten(0, 1)
+        return lambda places: logits[places]
+    distance = positions[:, :, None] - positions[:, None]  # (B, T, T), query by key
+    window = window_of(model) or idx.numel()
+    seen = (distance >= 0) & (distance < window) & ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None]))
     if is_ours(model):
-        return model.new_cache()
-    if getattr(model, "_is_stateful", False) or "past_key_values" not in inspect.signature(model.forward).parameters:
-        return None
-    from transformers import DynamicCache
-
-    return DynamicCache(config=model.config)
-
-
-def select_rows(cache, rows):
-    """A new cache that holds `rows` (1-D int64, repeats allowed) of `cache`, which stays as it is."""
-    if hasattr(cache, "select"):
-        return cache.select(rows)
-    chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]  # their tensors are replaced, never written to
-    chosen.batch_select_indices(rows)
-    return chosen
+        hidden = model.hidden_states(idx, positions=positions, mask=seen[:, None])
+        return lambda places: model.logits(hidden.flatten(0, 1)[places])
+    mask = torch.zeros(seen.shape, dtype=model.dtype, device=idx.device).masked_fill(~seen, torch.finfo(model.dtype).min)
+    hidden = model.base_model(input_ids=idx, attention_mask=mask[:, None], position_ids=positions, use_cache=False)[0]
+    return lambda places: model.get_output_embeddings()(hidden.flatten(0, 1)[places])
 
 
-def log_probs(model, idx, keep, targets, cache):
-    """Runs idx (B, T) int64 behind `cache` (extended in place; None: at the start). keep (B, T) bool marks the N
-    positions that predict a scored token; targets (N, K) holds K candidates for each -> (N, K) float32, in nats."""
-    if is_ours(model):
-        hidden = model.hidden_states(idx, cache)[keep]  # (N, C)
-        logits_of = lambda part: model.logits(hidden[part])
-    else:
-        last = idx.shape[1] - int(keep.any(0).int().argmax())  # the positions from the first scored one on
-        options = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            options["logits_to_keep"] = last
-        logits = model(input_ids=idx, **options).logits[:, -last:].flatten(0, 1)  # (B * last, vocab_size)
-        where = keep[:, -last:].flatten().nonzero().squeeze(1)  # (N,)
-        logits_of = lambda part: logits[where[part]]
-    # The softmax sees a part of the positions at a time: memory stays bounded, on a CPU the logits stay in its cache.
-    step = max(1, (2**23 if idx.device.type == "cpu" else 2**27) // config_value(model, "vocab_size"))
-    parts = [slice(i, i + step) for i in range(0, len(targets), step)]
-    return torch.cat([F.log_softmax(logits_of(part).float(), dim=-1).gather(1, targets[part]) for part in parts])
+def score_items(model, items, device, branching):
+    """Summed losses of the four endings of each item: (len(items), 4) float64 on the CPU, in nats."""
+    rows = [(i, row) for i, item in enumerate(items) for row in item.rows]
+    T = max(item.longest for item in items)
+    idx, positions, branches = (
+        torch.tensor([values + [fill] * (T - len(values)) for values in columns], device=device)
+        for columns, fill in (([row.ids for _, row in rows], 0), ([row.positions for _, row in rows], 0),
+                              ([row.branches for _, row in rows], -1)))
+    logits_of = reader(model, idx, positions, branches if branching else None)
+    places, tokens, endings = torch.tensor([(r * T + place, token, 4 * i + ending) for r, (i, row) in enumerate(rows)
+                                            for place, token, ending in row.scored]).unbind(1)
+    # The head sees a part of the places at a time: memory stays bounded, on a CPU the logits stay in its cache.
+    part = max(1, (2**23 if device.type == "cpu" else 2**27) // config_value(model, "vocab_size"))
+    found = [F.cross_entropy(logits_of(at.to(device)).float(), token.to(device), reduction="none")
+             for at, token in zip(places.split(part), tokens.split(part))]
+    losses = torch.zeros(4 * len(items), dtype=torch.float64)
+    return losses.index_add_(0, endings, torch.cat(found).double().cpu()).view(-1, 4)
 
 
 # -----------------------------------------------------------------------------
 # scoring
-
-@dataclass
-class Item:
-    """One example, ready to run."""
-    index: int
-    rows: list      # four rows of context + ending ids, cut from the left to what the model can read
-    starts: list    # in each row the index of the first scored token, at least 1
-    lengths: list   # what acc_norm divides each row's loss by
-    shared: int     # the rows agree on this many first tokens, none of them scored
-    truncated: bool
-
-
-def prepare(index, example, encode, style, block_size):
-    context, endings, lengths = render(example, encode, style)
-    whole = [context + ending for ending in endings]
-    rows = [row[-(block_size + 1):] for row in whole]  # the last token is predicted, never read
-    starts = [max(1, len(context) - len(before) + len(row)) for before, row in zip(whole, rows)]
-    if style == "completion":
-        lengths = [len(row) - start for row, start in zip(rows, starts)]  # less than the ending where that was cut
-    shared = min(len(os.path.commonprefix(rows)), *starts)
-    truncated = any(len(row) > block_size + 1 for row in whole)
-    return Item(index, rows, starts, lengths, shared, truncated)
-
-
-def cut_into_runs(values, per_run, per_step):
-    """Cuts sorted integers into runs of neighbours at the least cost: `per_run` for each run, and `per_step` for each
-    unit by which a value exceeds its run's first. -> [(start, stop)]"""
-    firsts = [i for i in range(len(values)) if i == 0 or values[i] != values[i - 1]] + [len(values)]
-    sums = [0, *accumulate(values)]
-    best = [(0, 0)]  # for the values before firsts[j]: the least cost, and where the last run begins
-    for j in range(1, len(firsts)):
-        stop = firsts[j]
-        excess = lambda start: sums[stop] - sums[start] - values[start] * (stop - start)
-        best.append(min((best[i][0] + per_run + per_step * excess(start), i) for i, start in enumerate(firsts[:j])))
-    runs, j = [], len(firsts) - 1
-    while j > 0:
-        runs.append((firsts[best[j][1]], firsts[j]))
-        j = best[j][1]
-    return runs[::-1]
-
-
-def score_items(model, items, device, tokens, overhead):
-    """Summed losses of the four endings of each item: (len(items), 4) float64 on the CPU, in nats. A context runs
-    once; its last state predicts the first token of the four endings, which then run as rows behind its cache."""
-    shared = min(item.shared for item in items)
-    cache = new_cache(model) if shared else None
-    shared = shared if cache is not None else 0
-    losses = torch.zeros(len(items), 4, device=device)
-    if shared:
-        idx = torch.tensor([item.rows[0][:shared] for item in items], device=device)  # (B, shared)
-        first = torch.tensor([[row[shared] for row in item.rows] for item in items], device=device)  # (B, 4)
-        scored = torch.tensor([[start == shared for start in item.starts] for item in items], device=device)
-        keep = torch.zeros_like(idx, dtype=torch.bool)
-        keep[:, -1] = True
-        losses -= log_probs(model, idx, keep, first, cache).where(scored, 0)
-    rest = sorted(((len(row) - 1 - shared, i, k) for i, item in enumerate(items) for k, row in enumerate(item.rows)),
-                  reverse=True)  # (tokens still to read, item, ending), longest first
-    rest = [entry for entry in rest if entry[0]]
-    for start, stop in cut_into_runs([-length for length, _, _ in rest], overhead, 1):
-        longest = rest[start][0]
-        at_once = max(1, min(tokens // longest, 4 * tokens // (longest + shared)))  # rows; the cache counts less
-        for part in (rest[i:min(i + at_once, stop)] for i in range(start, stop, at_once)):
-            score_rows(model, items, part, shared, cache, losses)
-    return losses.double().cpu()
-
-
-def score_rows(model, items, part, shared, cache, losses):
-    """Adds to losses (B, 4) those of `part`: (tokens to read, item, ending), longest first. Shorter rows are padded on
-    the right, where a causal model does not look."""
-    device, longest = losses.device, part[0][0]
-    idx = torch.zeros(len(part), longest, dtype=torch.int64)
-    targets = torch.full((len(part), longest), -1)
-    for row, (length, i, k) in enumerate(part):
-        tokens, start = torch.tensor(items[i].rows[k]), items[i].starts[k]
-        idx[row, :length] = tokens[shared:-1]
-        skip = max(0, start - shared - 1)  # context that this example does not share with the others of its run
-        targets[row, skip:length] = tokens[shared + 1 + skip:]
-    which = torch.tensor([[i, k] for _, i, k in part], device=device)
-    idx, targets = idx.to(device), targets.to(device)
-    keep = targets >= 0
-    behind = select_rows(cache, which[:, 0]) if shared else None
-    found = torch.zeros(targets.shape, device=device)
-    found[keep] = log_probs(model, idx, keep, targets[keep][:, None], behind).squeeze(1)
-    losses[which[:, 0], which[:, 1]] -= found.sum(1)
-
-
-def batches_of(items, tokens, overhead):
-    """Items in batches that run together, about `tokens` tokens of context each. The contexts of a batch have one
-    length, or so nearly that running the rest of the longer ones four times costs less than another batch."""
-    items = sorted(items, key=lambda item: item.shared)
-    for start, stop in cut_into_runs([item.shared for item in items], 2 * overhead, 3):
-        at_once = max(1, tokens // max(1, items[start].shared))
-        yield from (items[i:min(i + at_once, stop)] for i in range(start, stop, at_once))
-
 
 @contextlib.contextmanager
 def eval_mode(model):
@@ -289,13 +280,13 @@ def score(model, examples, encode, style, device):
     """Yields batches of examples as they are scored: (their indices, summed losses (B, 4), losses as acc_norm divides
     them (B, 4), how many had a row cut); losses are float64 on the CPU, in nats."""
     block_size = config_value(model, "block_size", "n_positions", "max_position_embeddings", "n_ctx", default=2048)
-    items = [prepare(i, example, encode, style, block_size) for i, example in enumerate(examples)]
+    branching = takes_branches(model, device)
+    items = [prepare(i, example, encode, style, block_size, branching) for i, example in enumerate(examples)]
     # Tokens in one forward pass, and what starting one costs in tokens (a GPU waits for its launches).
-    tokens, overhead = (2048, 40) if device.type == "cpu" else (16384, 2048)
-    batches = list(batches_of(items, tokens, overhead))
+    batches = list(batches_of(items, *((2048, 100) if device.type == "cpu" else (16384, 2048))))
     random.Random(0).shuffle(batches)  # so that the running accuracy is not that of the shortest contexts
     for batch in batches:
-        losses = score_items(model, batch, device, tokens, overhead)
+        losses = score_items(model, batch, device, branching)
         yield ([item.index for item in batch], losses, losses / torch.tensor([item.lengths for item in batch]),
                sum(item.truncated for item in batch))
 

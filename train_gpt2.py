@@ -194,15 +194,15 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, x, start):
-        """x: (B, heads, T, head_dim), of the tokens from position `start`."""
-        cos, sin = self.cos[start:start + x.size(2)], self.sin[start:start + x.size(2)]
+    def forward(self, x, positions):
+        """x: (B, heads, T, head_dim); positions: a slice, or (B, T) int64."""
+        cos, sin = self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)  # (1 or B, 1, T, D)
         low, high = x.chunk(2, dim=-1)
         return (x * cos + torch.cat((-high, low), dim=-1) * sin).type_as(x)
 
 
 class NoRotary(nn.Module):
-    def forward(self, x, start):
+    def forward(self, x, positions):
         return x
 
 
@@ -258,8 +258,11 @@ def band(T, S, window, device):
 class LayerCache:
     """Keys and values of the tokens seen so far in one layer, (B, n_kv_head, tokens, head_dim); of the last `window`."""
 
-    def __init__(self, window, seen=0, k=None, v=None):
-        self.window, self.seen, self.k, self.v = window, seen, k, v
+    def __init__(self, window):
+        self.window, self.seen, self.k, self.v = window, 0, None, None
+
+    def positions(self, T):
+        return slice(self.seen, self.seen + T)
 
     def attend(self, q, k, v, attention):
         """Adds the new k and v; q: (B, n_head, T, head_dim), the queries that came with them."""
@@ -287,9 +290,19 @@ class KVCache:
     def seen(self):
         return self.layers[0].seen
 
-    def select(self, rows):
-        """A cache of these rows (1-D int64 indices, repeats allowed)."""
-        return KVCache([LayerCache(c.window, c.seen, c.k[rows], c.v[rows]) for c in self.layers])
+
+class Branches:
+    """In the place of a layer's cache, for rows that hold several texts: positions (B, T) int64 are the tokens' places in
+    their texts, mask (B, 1, T, T) bool is True where a query sees a key."""
+
+    def __init__(self, positions, mask):
+        self.at, self.mask = positions, mask
+
+    def positions(self, T):
+        return self.at
+
+    def attend(self, q, k, v, attention):
+        return [sdpa(q, k, v, attn_mask=self.mask)]
 
 
 class Attention(nn.Module):
@@ -307,8 +320,8 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = (t.view(B, T, -1, self.head_dim) for t in self.c_attn(x).split(self.widths, dim=-1))
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
-        start = cache.seen if cache else 0
-        q, k = self.rotary(q, start), self.rotary(k, start)
+        positions = cache.positions(T) if cache else slice(0, T)
+        q, k = self.rotary(q, positions), self.rotary(k, positions)
         if cache:
             parts = cache.attend(q, k, v, self.attention)
         else:
@@ -429,18 +442,21 @@ class GPT(nn.Module):
         heads = 1 if self.config.tied else 2
         return n if padding else n - heads * (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
 
-    def hidden_states(self, idx, cache=None):
-        """idx: (B, T) int64, the tokens after those in `cache`, which it extends. Returns (B, T, n_embd), normalised.
-        Raises ValueError where cache and idx together are longer than block_size."""
-        start = cache.seen if cache else 0
-        if start + idx.size(1) > self.config.block_size:
-            raise ValueError(f"{start + idx.size(1)} tokens, but block_size is {self.config.block_size}")
+    def hidden_states(self, idx, cache=None, positions=None, mask=None):
+        """idx: (B, T) int64, the tokens after those in `cache`, which it extends; or rows that hold several texts:
+        positions, (B, T) int64, are the tokens' places in their texts, mask, (B, 1, T, T) bool, is True where a token
+        sees another. Returns (B, T, n_embd), normalised. Raises ValueError for positions beyond block_size."""
+        T = idx.size(1)
+        caches = cache.layers if cache else [Branches(positions, mask) if positions is not None else None] * len(self.h)
+        positions = slice(0, T) if caches[0] is None else caches[0].positions(T)
+        if isinstance(positions, slice) and positions.stop > self.config.block_size:
+            raise ValueError(f"{positions.stop} tokens, but block_size is {self.config.block_size}")
         x = self.wte(idx)
         if self.wpe is not None:
-            x = x + self.wpe.weight[start:start + idx.size(1)]
+            x = x + self.wpe.weight[positions]
         x = self.drop(x)
-        for i, block in enumerate(self.h):
-            x = block(x, cache.layers[i] if cache else None)
+        for block, cache in zip(self.h, caches):
+            x = block(x, cache)
         return self.norm_f(x)
 
     def logits(self, x):

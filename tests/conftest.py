@@ -28,7 +28,8 @@ SMALL = ("--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --total_batch_size 
 
 
 FORKS = multiprocessing.get_context("forkserver")  # forks of a process that has imported torch: four seconds less each
-FORKS.set_forkserver_preload(["torch", "torch._dynamo", "pytest", "tqdm", "tiktoken", "safetensors.torch"])
+FORKS.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.run", "pytest", "tqdm", "tiktoken", "safetensors.torch"])
+TORCHRUN = str(Path(torch.__file__).parent / "distributed/run.py")
 
 
 def run_as_main(script, args, env, cwd, out, err):
@@ -36,7 +37,7 @@ def run_as_main(script, args, env, cwd, out, err):
         os.dup2(os.open(path, os.O_WRONLY), number)
     os.environ.update(env)
     os.chdir(cwd)
-    sys.argv, sys.path[0] = [script, *args], os.path.dirname(script)
+    sys.argv, sys.path[0] = [script, *args], str(ROOT)
     runpy.run_path(script, run_name="__main__")
 
 
@@ -70,13 +71,15 @@ class Forked:
         return self.output()
 
 
-def start(script, *args, torchrun=0, env=None, cwd=None):
-    """Starts a script of the repository; with `torchrun` as that many processes on this machine."""
+def start(script, *args, torchrun=(), env=None, cwd=None):
+    """Starts a script of the repository; under torchrun where `torchrun` says how: a number of processes on this
+    machine, or its flags. By its flags torchrun forks the processes from itself."""
     script, args = str(ROOT / script), [*map(str, args)]
-    if not torchrun:
-        return Forked(script, args, env or {}, str(cwd or Path.cwd()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(torchrun), script, *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env={**os.environ, **(env or {})})
+    if isinstance(torchrun, int):
+        torchrun = ["--standalone", "--nproc_per_node", torchrun]
+    if torchrun:
+        script, args = TORCHRUN, [*map(str, torchrun), "--start-method", "fork", "--run-path", script, *args]
+    return Forked(script, args, env or {}, str(cwd or Path.cwd()))
 
 
 def run(script, *args, expect=0, timeout=300, **how):

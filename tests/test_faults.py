@@ -216,11 +216,10 @@ def test_two_nodes_on_loopback(one_process, small_shards, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend",
-                               "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "test", "--local_addr", "127.0.0.1",
-                               str(ROOT / "train_gpt2.py"), *map(str, [*SMALL, "--max_steps", 30, "--eval_tokens", 1500, "--data",
-                                                                       small_shards, "--out_dir", tmp_path / "log"])],
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    where = ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}",
+             "--rdzv_id", "test", "--local_addr", "127.0.0.1"]
+    nodes = [start("train_gpt2.py", *SMALL, "--max_steps", 30, "--eval_tokens", 1500, "--data", small_shards,
+                   "--out_dir", tmp_path / "log", torchrun=where) for _ in range(2)]
     for node in nodes:
         out, err = node.communicate(timeout=120)
         assert node.returncode == 0, err
@@ -435,11 +434,9 @@ def test_the_checkpoint_just_written_is_kept_beside_a_damaged_newer_one(tmp_path
 
 def test_torchruns_restart_does_not_resume_a_run_that_was_refused(one_process, small_shards):
     before = (one_process / "log.jsonl").read_text()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "--max_restarts", "1",
-               "--monitor_interval", "0.1", str(ROOT / "train_gpt2.py"), *map(str, [*SMALL, "--max_steps", 40, "--data", small_shards,
-                                                                                  "--out_dir", one_process])]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stderr.count("already holds a run") == 2 and (one_process / "log.jsonl").read_text() == before, done.stderr
+    _, err = run("train_gpt2.py", *SMALL, "--max_steps", 40, "--data", small_shards, "--out_dir", one_process, expect=1,
+                 torchrun=["--standalone", "--nproc_per_node", 1, "--max_restarts", 1, "--monitor_interval", 0.1])
+    assert err.count("already holds a run") == 2 and (one_process / "log.jsonl").read_text() == before, err
 
 
 def test_keep_checkpoints(small_shards, tmp_path):

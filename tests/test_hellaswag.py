@@ -102,7 +102,8 @@ def randomize(model, std):
 
 @functools.cache
 def build(kind):
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+    from transformers import (BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+                              MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                  vocab_size=VOCAB, max_position_embeddings=128, bos_token_id=0, eos_token_id=0)
@@ -111,6 +112,10 @@ def build(kind):
         "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=4, n_embd=64, n_positions=128, vocab_size=VOCAB)),
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes)),
         "mistral": lambda: MistralForCausalLM(MistralConfig(**sizes, sliding_window=24)),
+        "bloom": lambda: BloomForCausalLM(BloomConfig(n_layer=2, n_head=4, hidden_size=64, vocab_size=VOCAB,
+                                                       max_position_embeddings=128)),
+        "mixed": lambda: Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16, use_sliding_window=True, sliding_window=24,
+                                                      max_window_layers=1)),
         "ours": lambda: GPT(GPTConfig(**own)),
         "ours-window": lambda: GPT(GPTConfig(**own, window=24)),
     }[kind]()
@@ -120,6 +125,7 @@ def build(kind):
 EXAMPLES = make_examples(120)
 VOCAB = 2003  # GPT-2's tokens folded into fewer ids: the tests' models stay small
 KINDS = ["gpt2", "llama", "mistral", "ours", "ours-window"]
+UNSHARED = ["bloom", "mixed"]  # whose attention is not a matter of positions and one mask: scored row by row
 
 
 @functools.cache
@@ -153,9 +159,10 @@ def expected_result(kind, style):
     return {"acc": acc, "acc_norm": acc_norm, "n": len(EXAMPLES)}
 
 
-@pytest.mark.parametrize("style", hellaswag.STYLES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, style", [*((kind, style) for kind in KINDS for style in hellaswag.STYLES),
+                                         *((kind, "completion") for kind in UNSHARED)])
 def test_predictions_are_the_references(kind, style):
+    assert hellaswag.takes_branches(build(kind), torch.device("cpu")) == (kind not in UNSHARED)
     for ours, expected in zip(our_scores(build(kind), style), reference(kind, style)):
         finite = np.isfinite(ours)
         assert (expected[~finite] > 1e200).all()  # an ending of no characters can never win
@@ -225,9 +232,9 @@ def test_two_ranks_count_as_one(tmp_path):
 def test_the_context_runs_once_and_nothing_is_padded_much():
     """Counts the tokens that go through the model, and the positions that go through its head."""
     class Counting(type(build("ours"))):
-        def hidden_states(self, idx, cache=None):
+        def hidden_states(self, idx, **rows):
             self.read += idx.numel()
-            return super().hidden_states(idx, cache)
+            return super().hidden_states(idx, **rows)
 
         def logits(self, h):
             self.scored += h.numel() // h.shape[-1]
