@@ -1,11 +1,15 @@
 """What the tests share: the scripts as subprocesses, small corpora, and runs made once."""
+import functools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +41,7 @@ def run_as_main(script, args, env, cwd, out, err):
         os.dup2(os.open(path, os.O_WRONLY), number)
     os.environ.update(env)
     os.chdir(cwd)
-    sys.argv, sys.path[0] = [script, *args], str(ROOT)
+    sys.argv, sys.path[0] = [script, *args], str(ROOT) if script == TORCHRUN else os.path.dirname(script)
     runpy.run_path(script, run_name="__main__")
 
 
@@ -88,6 +92,46 @@ def run(script, *args, expect=0, timeout=300, **how):
     out, err = process.communicate(timeout=timeout)
     assert expect is None or process.returncode == expect, f"exit code {process.returncode}\n{out}\n{err}"
     return out, err
+
+
+CLIENT = """
+import os, sys
+from multiprocessing.connection import Client
+with Client(sys.argv[1]) as server:
+    server.send((sys.argv[2:], dict(os.environ), os.getcwd(), os.getpid()))
+    code = server.recv()
+sys.exit(code if code >= 0 else 128 - code)
+"""
+
+
+def serve(listener):
+    """Runs the scripts that shells ask for, into their pipes."""
+    while True:
+        with listener.accept() as client:
+            (script, *args), env, cwd, pid = client.recv()
+            process = FORKS.Process(target=run_as_main, args=(os.path.join(cwd, script), args, env, cwd,
+                                                              f"/proc/{pid}/fd/1", f"/proc/{pid}/fd/2"))
+            process.start()
+            process.join()
+            client.send(process.exitcode)
+
+
+@functools.cache
+def server():
+    listener = multiprocessing.connection.Listener()
+    threading.Thread(target=serve, args=(listener,), daemon=True).start()
+    return listener.address
+
+
+def shell(code, cwd=None):
+    """Runs lines of bash as they are printed; python script.py is a fork too. Returns what they wrote on stdout."""
+    python = shlex.quote(sys.executable)
+    functions = (f"python() {{ case $1 in *.py) {python} -S -c {shlex.quote(CLIENT)} {shlex.quote(server())} \"$@\";; "
+                 f"*) {python} \"$@\";; esac; }}\n")
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", functions + code], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "HF_DATASETS_OFFLINE": "1"})
+    assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
 
 
 def refused(script, *args, code=2, **how):

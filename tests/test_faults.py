@@ -18,7 +18,7 @@ import torch
 import fineweb
 import train_gpt2
 from train_gpt2 import GPT, GPTConfig, TrainConfig, World
-from conftest import ROOT, SMALL, log_lines, losses, refused, run, start
+from conftest import ROOT, SMALL, log_lines, losses, refused, run, shell, start
 from test_hellaswag import make_examples
 
 # Dropout on, several shards and epochs (224 windows, 16 a step), checkpoints between evaluations.
@@ -151,8 +151,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, uninterrupted, small_shard
     last = out.strip().splitlines()[-1].strip()
     step = len(losses(tmp_path / "log"))
     assert last.endswith("--resume") and (tmp_path / f"log/step_{step:06d}").is_dir() and step < 40
-    again = subprocess.run(last.replace("python", sys.executable, 1), shell=True, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    shell(last)
     assert result(tmp_path / "log")[0] == result(uninterrupted)[0]
 
 
@@ -189,8 +188,12 @@ def close(a, b):
 
 
 def test_two_processes_equal_one(one_process, small_shards, tmp_path):
-    run("train_gpt2.py", *SMALL, "--max_steps", 30, "--batch_size", 2, "--eval_tokens", 1500, "--data", small_shards,
-        "--out_dir", tmp_path / "log", torchrun=2)
+    """Typed as a user does: nothing is forked here."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train_gpt2.py"),
+               *map(str, [*SMALL, "--max_steps", 30, "--batch_size", 2, "--eval_tokens", 1500, "--data", small_shards,
+                          "--out_dir", tmp_path / "log"])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     close(tmp_path / "log", one_process)
 
 
@@ -228,11 +231,9 @@ def test_two_nodes_on_loopback(one_process, small_shards, tmp_path):
 
 def test_torchrun_restarts_from_the_last_checkpoint(one_process, small_shards, tmp_path):
     """A worker is killed; the job comes back by itself, and nobody says --resume."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "2",
-               "--monitor_interval", "0.1", str(ROOT / "train_gpt2.py"),
-               *map(str, [*SMALL, "--max_steps", 30, "--checkpoint_every", 5, "--eval_tokens", 1500, "--data", small_shards,
-                          "--out_dir", tmp_path / "log"])]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start("train_gpt2.py", *SMALL, "--max_steps", 30, "--checkpoint_every", 5, "--eval_tokens", 1500, "--data", small_shards,
+                    "--out_dir", tmp_path / "log",
+                    torchrun=["--standalone", "--nproc_per_node", 2, "--max_restarts", 2, "--monitor_interval", 0.1])
     wait_for(lambda: log_has_step(tmp_path / "log", 12), process)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)

@@ -113,7 +113,7 @@ def test_formulas():
     assert relative(mlp(x).double(), expected) < 1e-5
 
     q = torch.randn(1, 2, 7, 8)
-    turned = train_gpt2.Rotary(c)(q, start=3)
+    turned = train_gpt2.Rotary(c)(q, slice(3, 10))
     for position, i in itertools.product(range(7), range(4)):
         angle = (position + 3) * 10000.0 ** (-2 * i / 8)
         a, b = q[..., position, i].double(), q[..., position, i + 4].double()
@@ -125,7 +125,7 @@ def test_rope_depends_on_relative_position_only():
     rotary = train_gpt2.Rotary(GPTConfig(**{**SHAPE, "block_size": 200}, rope=True))
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-    scores = [(rotary(q, start + 9) * rotary(k, start)).sum().item() for start in (0, 1, 50, 190)]
+    scores = [(rotary(q, slice(at + 9, at + 10)) * rotary(k, slice(at, at + 1))).sum().item() for at in (0, 1, 50, 190)]
     assert scores == pytest.approx([scores[0]] * 4, abs=1e-4)
 
 

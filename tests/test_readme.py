@@ -3,10 +3,7 @@
 $ python tests/test_readme.py    # writes the flag tables anew
 """
 import dataclasses
-import os
 import re
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fineweb
 import hellaswag
 import train_gpt2
-from conftest import ROOT, run
+from conftest import ROOT, run, shell
 
 README = ROOT / "README.md"
 COMMANDS = {"train_gpt2.py": (train_gpt2.GPTConfig, train_gpt2.TrainConfig), "train_gpt2.py sample": (train_gpt2.SampleConfig,),
@@ -61,13 +58,6 @@ def blocks():
 
 def test_readme_has_commands_to_run():
     assert len(blocks()) >= 4
-
-
-def shell(code, folder):
-    python = f"python() {{ {shlex.quote(sys.executable)} \"$@\"; }}; torchrun() {{ python -m torch.distributed.run \"$@\"; }}\n"
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", python + code], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "HF_DATASETS_OFFLINE": "1"})
-    assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
 
 
 @pytest.fixture(scope="module")
