@@ -135,12 +135,12 @@ class Row:
 
 
 def make_row(texts, starts, endings, shared):
-    """texts: lists of ids that agree on their first `shared` tokens, scored from `starts` on, at least max(1, shared);
-    `endings`: their numbers. The last token of a text is predicted, never read."""
+    """texts: lists of ids that agree on their first `shared` tokens; `starts`: where their scored tokens begin, at least
+    max(1, shared); `endings`: their numbers. The last token of a text is predicted, never read."""
     row = Row(texts[0][:shared], list(range(shared)), [0] * shared, [])
     for branch, (text, start, ending) in enumerate(zip(texts, starts, endings), 1):
         offset = len(row.ids) - shared
-        row.scored += [(place if place < shared else place + offset, text[place + 1], ending)
+        row.scored += [(place + offset if place >= shared else place, text[place + 1], ending)
                        for place in range(start - 1, len(text) - 1)]
         row.ids += text[shared:-1]
         row.positions += range(shared, len(text) - 1)
@@ -150,44 +150,44 @@ def make_row(texts, starts, endings, shared):
 
 @dataclass
 class Item:
-    """One example, ready to run."""
+    """One example, ready to run: its four texts, cut from the left to what the model reads."""
     index: int
-    rows: list       # one for the four endings, or one for each
+    texts: list
+    starts: list
     lengths: list    # what acc_norm divides the losses by
     truncated: bool
 
-    @property
-    def longest(self):
-        return max(len(row.ids) for row in self.rows)
+    def rows(self, block_size):
+        """One row for the four endings; one for each where that would be longer than block_size."""
+        row = make_row(self.texts, self.starts, range(4), min(len(os.path.commonprefix(self.texts)), *self.starts))
+        return [row] if len(row.ids) <= block_size else self.plain_rows()
+
+    def plain_rows(self):
+        return [make_row([text], [start], [k], 0) for k, (text, start) in enumerate(zip(self.texts, self.starts))]
 
 
-def make_rows(texts, starts, branching):
-    if branching:
-        return [make_row(texts, starts, range(4), min(len(os.path.commonprefix(texts)), *starts))]
-    return [make_row([text], [start], [k], len(text) - 1) for k, (text, start) in enumerate(zip(texts, starts))]
-
-
-def prepare(index, example, encode, style, block_size, branching):
+def prepare(index, example, encode, style, block_size):
     context, endings, lengths = render(example, encode, style)
     whole = [context + ending for ending in endings]
     texts = [text[-(block_size + 1):] for text in whole]
     starts = [max(1, len(context) - len(before) + len(text)) for before, text in zip(whole, texts)]
     if style == "completion":
         lengths = [len(text) - start for text, start in zip(texts, starts)]  # less than the ending where that was cut
-    return Item(index, make_rows(texts, starts, branching), lengths, any(len(text) > block_size + 1 for text in whole))
+    return Item(index, texts, starts, lengths, any(len(text) > block_size + 1 for text in whole))
 
 
 def batches_of(items, tokens, overhead):
-    """Items that run together, about `tokens` tokens at a time. Shorter rows are padded: a batch ends where that costs
-    more than `overhead`, what another pass costs in tokens."""
-    batch, padding = [], 0
-    for item in sorted(items, key=lambda item: item.longest, reverse=True):
-        rows, longest = len(item.rows), (batch or [item])[0].longest
-        padding += rows * (longest - item.longest)
-        if batch and (padding > overhead or (len(batch) + 1) * rows * longest > tokens):
+    """items: [(item, its rows)]. Yields lists of them that run together, about `tokens` tokens at a time. Shorter rows
+    are padded: a batch ends where that costs more than `overhead`, what another pass costs in tokens."""
+    longest_of = lambda rows: max(len(row.ids) for row in rows)
+    batch, padding, count = [], 0, 0
+    for item, rows in sorted(items, key=lambda pair: longest_of(pair[1]), reverse=True):
+        longest = longest_of(batch[0][1] if batch else rows)
+        padding, count = padding + sum(longest - len(row.ids) for row in rows), count + len(rows)
+        if batch and (padding > overhead or count * longest > tokens):
             yield batch
-            batch, padding = [], 0
-        batch.append(item)
+            batch, padding, count = [], 0, len(rows)
+        batch.append((item, rows))
     yield from [batch] if batch else []
 
 
@@ -203,62 +203,68 @@ def config_value(model, *names, default=None):
     return next((value for value in (getattr(config, name, None) for name in names) if value), default)
 
 
-def window_of(model):
-    """How many tokens a position sees, itself included; 0: all before it. None: the layers are not alike."""
-    window = config_value(model, "window", "sliding_window", default=0)
-    kinds = set(config_value(model, "layer_types", default=["sliding_attention" if window else "full_attention"]))
-    return {"full_attention": 0, "sliding_attention": window}.get(kinds.pop()) if len(kinds) == 1 else None
-
-
-def takes_branches(model, device):
-    """Whether the model can read rows that branch. A Transformers model is asked: a short text, scored both ways."""
-    if is_ours(model) or window_of(model) is None:
+def takes_branches(model, items, device, block_size):
+    """Whether the model can read rows that branch. A Transformers model is asked: the longest of them, both ways."""
+    if is_ours(model) or not items:
         return is_ours(model)
-    ids = [(7 * i * i + 3) % config_value(model, "vocab_size") for i in range(48)]
-    texts = [ids[:16] + ids[8 * k:8 * k + 8] for k in range(2, 6)]
+    item = max((item for item in items if len(item.rows(block_size)) == 1), default=None,
+               key=lambda item: len(item.rows(block_size)[0].ids))
+    if item is None:
+        return False
+    plain = score_rows(model, [item.plain_rows()], device, branching=False)
     try:
-        branching, plain = (score_items(model, [Item(0, make_rows(texts, [16] * 4, way), [8] * 4, False)], device, way)
-                            for way in (True, False))
+        return torch.allclose(score_rows(model, [item.rows(block_size)], device, branching=True), plain, rtol=1e-3)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # no such argument, no such shape, ...
         return False
-    return torch.allclose(branching, plain, rtol=1e-4 if model.dtype == torch.float32 else 1e-2)
 
 
-def reader(model, idx, positions, branches):
-    """Runs rows, (B, T) int64 each, padding in a branch of its own. Returns a function: places among the B * T -> their
-    logits (N, vocab_size). branches None: plain rows, padded on the right, where a causal model does not look."""
-    if branches is None:
-        options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-        logits = model(input_ids=idx, **options).logits.flatten(0, 1)
-        return lambda places: logits[places]
-    distance = positions[:, :, None] - positions[:, None]  # (B, T, T), query by key
-    window = window_of(model) or idx.numel()
-    seen = (distance >= 0) & (distance < window) & ((branches == 0)[:, None] | (branches[:, :, None] == branches[:, None]))
+def see(positions, branches, window):
+    """(B, T, T) bool: whether the token of a row sees another; padding is in a branch of its own."""
+    distance = positions[:, :, None] - positions[:, None]
+    alike = (branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])
+    return (distance >= 0) & (distance < window) & alike if window else (distance >= 0) & alike
+
+
+def logits_at(model, idx, seen, positions, places, part):
+    """Runs rows, (B, T) int64, and yields their logits (part, vocab_size) at these places among the B * T, `part` of them
+    at a time. seen None: plain rows, padded on the right, where a causal model does not look."""
     if is_ours(model):
-        hidden = model.hidden_states(idx, positions=positions, mask=seen[:, None])
-        return lambda places: model.logits(hidden.flatten(0, 1)[places])
-    mask = torch.zeros(seen.shape, dtype=model.dtype, device=idx.device).masked_fill(~seen, torch.finfo(model.dtype).min)
-    hidden = model.base_model(input_ids=idx, attention_mask=mask[:, None], position_ids=positions, use_cache=False)[0]
-    return lambda places: model.get_output_embeddings()(hidden.flatten(0, 1)[places])
+        hidden = model.hidden_states(idx, model.branches(positions, seen[:, None])).flatten(0, 1)
+        yield from (model.logits(hidden[at]) for at in places.split(part))
+        return
+    inputs = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    if seen is not None:
+        mask = torch.zeros(seen.shape, dtype=model.dtype, device=idx.device)
+        inputs |= {"attention_mask": mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[:, None], "position_ids": positions}
+    head = model.get_output_embeddings()  # it sees these places only; what a model does to logits after it stays
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, -2)[places], *args[1:]))
+    try:
+        logits = model(input_ids=idx, **inputs).logits
+    finally:
+        hook.remove()
+    yield from logits.split(part)
 
 
-def score_items(model, items, device, branching):
-    """Summed losses of the four endings of each item: (len(items), 4) float64 on the CPU, in nats."""
-    rows = [(i, row) for i, item in enumerate(items) for row in item.rows]
-    T = max(item.longest for item in items)
+def score_rows(model, examples, device, branching):
+    """Summed losses of the endings of each example, given as its rows: (len(examples), 4) float64 on the CPU, in nats."""
+    rows = [row for rows in examples for row in rows]
+    T = max(len(row.ids) for row in rows)
     idx, positions, branches = (
         torch.tensor([values + [fill] * (T - len(values)) for values in columns], device=device)
-        for columns, fill in (([row.ids for _, row in rows], 0), ([row.positions for _, row in rows], 0),
-                              ([row.branches for _, row in rows], -1)))
-    logits_of = reader(model, idx, positions, branches if branching else None)
-    places, tokens, endings = torch.tensor([(r * T + place, token, 4 * i + ending) for r, (i, row) in enumerate(rows)
+        for columns, fill in (([row.ids for row in rows], 0), ([row.positions for row in rows], 0),
+                              ([row.branches for row in rows], -1)))
+    seen = see(positions, branches, config_value(model, "window", "sliding_window")) if branching else None
+    owner = [i for i, rows in enumerate(examples) for _ in rows]
+    places, tokens, endings = torch.tensor([(r * T + place, token, 4 * owner[r] + ending) for r, row in enumerate(rows)
                                             for place, token, ending in row.scored]).unbind(1)
-    # The head sees a part of the places at a time: memory stays bounded, on a CPU the logits stay in its cache.
+    # A part of the places at a time: memory stays bounded, on a CPU the logits stay in its cache.
     part = max(1, (2**23 if device.type == "cpu" else 2**27) // config_value(model, "vocab_size"))
-    found = [F.cross_entropy(logits_of(at.to(device)).float(), token.to(device), reduction="none")
-             for at, token in zip(places.split(part), tokens.split(part))]
-    losses = torch.zeros(4 * len(items), dtype=torch.float64)
-    return losses.index_add_(0, endings, torch.cat(found).double().cpu()).view(-1, 4)
+    logits = logits_at(model, idx, seen, positions, places.to(device), part)
+    found = [F.cross_entropy(x.float(), y, reduction="none") for x, y in zip(logits, tokens.to(device).split(part))]
+    losses = torch.zeros(4 * len(examples), dtype=torch.float64)
+    return losses.index_add_(0, endings, torch.cat(found).cpu().double()).view(-1, 4)
 
 
 # -----------------------------------------------------------------------------
@@ -280,15 +286,17 @@ def score(model, examples, encode, style, device):
     """Yields batches of examples as they are scored: (their indices, summed losses (B, 4), losses as acc_norm divides
     them (B, 4), how many had a row cut); losses are float64 on the CPU, in nats."""
     block_size = config_value(model, "block_size", "n_positions", "max_position_embeddings", "n_ctx", default=2048)
-    branching = takes_branches(model, device)
-    items = [prepare(i, example, encode, style, block_size, branching) for i, example in enumerate(examples)]
+    items = [prepare(i, example, encode, style, block_size) for i, example in enumerate(examples)]
+    branching = takes_branches(model, items, device, block_size)
     # Tokens in one forward pass, and what starting one costs in tokens (a GPU waits for its launches).
-    batches = list(batches_of(items, *((2048, 100) if device.type == "cpu" else (16384, 2048))))
+    batches = list(batches_of([(item, item.rows(block_size) if branching else item.plain_rows()) for item in items],
+                              *((2048, 100) if device.type == "cpu" else (16384, 2048))))
     random.Random(0).shuffle(batches)  # so that the running accuracy is not that of the shortest contexts
     for batch in batches:
-        losses = score_items(model, batch, device, branching)
-        yield ([item.index for item in batch], losses, losses / torch.tensor([item.lengths for item in batch]),
-               sum(item.truncated for item in batch))
+        items, rows = zip(*batch)
+        losses = score_rows(model, rows, device, branching)
+        yield ([item.index for item in items], losses, losses / torch.tensor([item.lengths for item in items]),
+               sum(item.truncated for item in items))
 
 
 @torch.no_grad()

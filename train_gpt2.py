@@ -292,14 +292,11 @@ class KVCache:
 
 
 class Branches:
-    """In the place of a layer's cache, for rows that hold several texts: positions (B, T) int64 are the tokens' places in
-    their texts, mask (B, 1, T, T) bool is True where a query sees a key."""
+    """In the place of a layer's cache; see `GPT.branches`."""
+    seen = 0
 
     def __init__(self, positions, mask):
-        self.at, self.mask = positions, mask
-
-    def positions(self, T):
-        return self.at
+        self.positions, self.mask = lambda T: positions, mask
 
     def attend(self, q, k, v, attention):
         return [sdpa(q, k, v, attn_mask=self.mask)]
@@ -442,21 +439,18 @@ class GPT(nn.Module):
         heads = 1 if self.config.tied else 2
         return n if padding else n - heads * (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
 
-    def hidden_states(self, idx, cache=None, positions=None, mask=None):
-        """idx: (B, T) int64, the tokens after those in `cache`, which it extends; or rows that hold several texts:
-        positions, (B, T) int64, are the tokens' places in their texts, mask, (B, 1, T, T) bool, is True where a token
-        sees another. Returns (B, T, n_embd), normalised. Raises ValueError for positions beyond block_size."""
-        T = idx.size(1)
-        caches = cache.layers if cache else [Branches(positions, mask) if positions is not None else None] * len(self.h)
-        positions = slice(0, T) if caches[0] is None else caches[0].positions(T)
-        if isinstance(positions, slice) and positions.stop > self.config.block_size:
-            raise ValueError(f"{positions.stop} tokens, but block_size is {self.config.block_size}")
+    def hidden_states(self, idx, cache=None):
+        """idx: (B, T) int64, the tokens after those in `cache`, which it extends; or those of `branches`. Returns
+        (B, T, n_embd), normalised. Raises ValueError where cache and idx together are longer than block_size."""
+        T, seen = idx.size(1), cache.seen if cache else 0
+        if seen + T > self.config.block_size:
+            raise ValueError(f"{seen + T} tokens, but block_size is {self.config.block_size}")
         x = self.wte(idx)
         if self.wpe is not None:
-            x = x + self.wpe.weight[positions]
+            x = x + self.wpe.weight[cache.layers[0].positions(T) if cache else slice(0, T)]
         x = self.drop(x)
-        for block, cache in zip(self.h, caches):
-            x = block(x, cache)
+        for i, block in enumerate(self.h):
+            x = block(x, cache.layers[i] if cache else None)
         return self.norm_f(x)
 
     def logits(self, x):
@@ -479,12 +473,18 @@ class GPT(nn.Module):
         """Compiles one block for all of them, and the loss. The embedding stays outside: its compiled gradient on a CPU
         adds in no fixed order."""
         torch._dynamo.config.optimize_ddp = False  # a block is a graph already; DDP's buckets would cut it again
+        torch._functorch.config.ban_recompute_materialized_backward = False  # norms and GELUs are made again, not kept
         for block in self.h:
             block.compile(dynamic=False)
         self.loss_sum = torch.compile(self.loss_sum, dynamic=False)
 
     def new_cache(self):
         return KVCache([LayerCache(self.config.window) for _ in self.h])
+
+    def branches(self, positions, mask):
+        """What `hidden_states` takes for rows that hold several texts: positions (B, T) int64 are the tokens' places in
+        their texts, mask (B, 1, T, T) bool is True where a token sees another."""
+        return KVCache([Branches(positions, mask)] * len(self.h))
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None, use_cache=True):

@@ -161,7 +161,7 @@ def checkpointed_loss(x, weight, targets, vocab_size, chunks, need_grad):
 
 
 def training_speed(device, batch_size, accumulation=1, steps=3, dtype="float32", tf32=True, compiled=False, attention="sdpa",
-                   padded=True, optimizer="fused", head="chunked", shape=GPT2):
+                   padded=True, optimizer="fused", head="chunked", recompute=True, shape=GPT2):
     """Steps of GPT-2 on random tokens, with parts exchanged for those of older scripts."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if attention == "materialised":
@@ -174,6 +174,7 @@ def training_speed(device, batch_size, accumulation=1, steps=3, dtype="float32",
         model.loss_sum = plain_loss
     if compiled:
         model.compile()
+        torch._functorch.config.ban_recompute_materialized_backward = not recompute
     optimizers = make_optimizers(model, TrainConfig(), device.split(":")[0])
     if optimizer == "loop":
         optimizers = [torch.optim.AdamW(o.param_groups, lr=6e-4, betas=(0.9, 0.95), foreach=False) for o in optimizers]
@@ -204,13 +205,15 @@ def training_speed(device, batch_size, accumulation=1, steps=3, dtype="float32",
 def ladder(args):
     """The steps in the order in which build-nanogpt takes them, then what comes after."""
     cuda, native = args.device.startswith("cuda"), args.dtype
-    state = dict(dtype="float32", tf32=False, compiled=False, attention="materialised", padded=False, optimizer="loop", head="plain")
+    state = dict(dtype="float32", tf32=False, compiled=False, attention="materialised", padded=False, optimizer="loop", head="plain",
+                 recompute=False)
     rungs = [("2019: fp32, eager, materialised attention, 50,257 columns, AdamW in a loop", {}),
              *([("+ TF32", dict(tf32=True))] if cuda else []),
              *([(f"+ {native}", dict(dtype=native))] if native != "float32" else []),
              ("+ torch.compile", dict(compiled=True)), ("+ flash attention (SDPA)", dict(attention="sdpa")),
-             ("+ 50,304 columns", dict(padded=True)), ("+ fused AdamW", dict(optimizer="fused")), ("+ chunked head", dict(head="chunked"))]
-    peer = dict(dtype=native, attention="sdpa", padded=True, head="plain", optimizer="fused" if cuda else "loop", compiled=cuda)
+             ("+ 50,304 columns", dict(padded=True)), ("+ fused AdamW", dict(optimizer="fused")), ("+ chunked head", dict(head="chunked")),
+             ("+ norms and GELUs recomputed: this script", dict(recompute=True))]
+    peer = dict(dtype=native, attention="sdpa", padded=True, head="plain", optimizer="fused" if cuda else "loop", compiled=cuda, recompute=False)
     common = dict(device=args.device, accumulation=args.accumulation, steps=args.steps, memory_limit_gb=args.memory_limit_gb)
     rows = []
 
@@ -628,24 +631,43 @@ RECIPES = {  # flags, and the learning rates of which the best is taken
     "zero-initialised projections": (dict(zero_init=True), (1e-3, 3e-3, 6e-3)),
     "wsd, 60% decay, to zero": (dict(schedule="wsd", decay_fraction=0.6, min_lr=0.0), (1e-3, 3e-3, 6e-3)),
     "Muon": (dict(optimizer="muon"), (3e-3, 6e-3, 1.2e-2)),
-    "all but those projections": (MODERN | BEST, (3e-3, 6e-3, 1.2e-2)),
-    "all": (MODERN | BEST | dict(zero_init=True), (3e-3, 6e-3, 1.2e-2)),
+    "modern": (MODERN | BEST, (3e-3, 6e-3, 1.2e-2)),  # what the presets have: all but the zero-initialised projections
+}
+CHANGES = {  # of that recipe, at its best learning rate
+    "zero-initialised projections": dict(zero_init=True), "no QK-norm": dict(qk_norm=False), "cosine, to a tenth": dict(schedule="cosine", min_lr=None),
+    "40% decay": dict(decay_fraction=0.4), "80% decay": dict(decay_fraction=0.8), "weight decay 0.01": dict(weight_decay=0.01),
+    "betas 0.8, 0.95": dict(beta1=0.8), "betas 0.9, 0.99": dict(beta2=0.99),
+    "Muon's momentum from 0.85 to 0.95 over the first 50 steps": dict(momentum_steps=50),
 }
 
 
-def small_run(flags, folder, **given):
+def warm_up_momentum(steps):
+    """Makes the runs of this process raise Muon's momentum from 0.85 to 0.95 over their first steps; 0: none do."""
+    def step(run):
+        for group in run.optimizers[-1].param_groups if steps else ():
+            group["momentum"] = 0.85 + 0.1 * min(1.0, run.step / steps)
+        return plain_step(run)
+    train_gpt2.Run.train_step = step
+
+
+plain_step = train_gpt2.Run.train_step
+
+
+def small_run(flags, folder, momentum_steps=0, **given):
     """4 layers x 128, byte tokens, T=128, 4,096 tokens a step, one thread. Returns the lines of its log."""
     torch.set_num_threads(1)
+    warm_up_momentum(momentum_steps)
     given = dict(preset="tiny", n_layer=4, n_embd=128, n_head=4, block_size=128, total_batch_size=4096, weight_decay=0.1, out_dir=folder,
                  warmup_steps=given["max_steps"] // 20, sample_every=0, checkpoint_every=0, quiet=True, device="cpu", compile=False,
-                 data=str(ROOT / "input.txt"), **(OLD | flags)) | given
+                 data=str(ROOT / "input.txt")) | OLD | flags | given
     train_gpt2.run_training(given, train_gpt2.World("cpu"))
     return train_gpt2.read_log(Path(folder) / "log.jsonl")
 
 
 def recipe_run(flags, lr, seed, steps, folder):
     """Returns (million tokens, validation loss) at each fifth of the run."""
-    lines = small_run(flags, folder, lr=lr, seed=seed, max_steps=steps, eval_every=max(1, steps // 5), eval_tokens=111520)
+    flags = dict(flags)
+    lines = small_run(flags, folder, flags.pop("momentum_steps", 0), lr=lr, seed=seed, max_steps=steps, eval_every=max(1, steps // 5), eval_tokens=111520)
     return [(line["step"] * 4096 / 1e6, line["loss"]) for line in lines if line["kind"] == "val"]
 
 
@@ -659,7 +681,7 @@ def pool_of_runs(args):
 
 def recipe(args):
     """Every change alone and all together, each at its best of three learning rates, over the seeds; then how few of the
-    gpt2 recipe's tokens the presets' recipe needs for the same loss."""
+    gpt2 recipe's tokens the modern one needs for the same loss, and what changes to it bring."""
     with tempfile.TemporaryDirectory() as folder, pool_of_runs(args) as pool:
         count = 0
 
@@ -674,18 +696,20 @@ def recipe(args):
         others = {name: [start(RECIPES[name][0], best[name], seed, args.steps) for seed in seeds[1:]] for name in RECIPES}
         runs = {name: [first[name][best[name]], *others[name]] for name in RECIPES}
         losses = {name: list(map(final_loss, runs[name])) for name in RECIPES}
-        goal = statistics.mean(losses["gpt2"])
-        kept = "all but those projections"  # what the presets have
-        parts = {share: [start(RECIPES[kept][0], best[kept], seed, round(share * args.steps)) for seed in seeds] for share in args.shares}
-        shares = {share: list(map(final_loss, parts[share])) for share in parts}
+        goal, kept, rate = statistics.mean(losses["gpt2"]), RECIPES["modern"][0], best["modern"]
+        parts = {share: [start(kept, rate, seed, round(share * args.steps)) for seed in seeds] for share in args.shares}
+        changed = {name: [start(kept | change, rate, seed, args.steps) for seed in seeds] for name, change in CHANGES.items()}
+        shares, changes = ({key: list(map(final_loss, runs)) for key, runs in group.items()} for group in (parts, changed))
     rows = [{"recipe": name, "best lr": best[name], "losses at the three": ", ".join(f"{final_loss(run):.4f}" for run in first[name].values()),
              "loss": spread(losses[name]), "against gpt2": f"{statistics.mean(losses[name]) - goal:+.4f}"} for name in RECIPES]
-    part = [{"tokens": round(share * args.steps) * 4096, "share": f"{share:.0%}", "loss": spread(runs),
-             "against gpt2 at 100%": f"{statistics.mean(runs) - goal:+.4f}"} for share, runs in shares.items()]
-    curves = {f"{name}, lr {best[name]:g}": runs[name][0].result() for name in RECIPES}
-    draw_recipe(curves, {f"{kept}, in {share:.0%} of the tokens": parts[share][0].result() for share in parts})
+    part = [{"tokens": round(share * args.steps) * 4096, "share": f"{share:.0%}", "loss": spread(values),
+             "against gpt2 at 100%": f"{statistics.mean(values) - goal:+.4f}"} for share, values in shares.items()]
+    change = [{"change": name, "loss": spread(values), "against modern": f"{statistics.mean(values) - statistics.mean(losses['modern']):+.4f}"}
+              for name, values in changes.items()]
+    draw_recipe({f"{name}, lr {best[name]:g}": runs[name][0].result() for name in RECIPES},
+                {f"modern, in {share:.0%} of the tokens": parts[share][0].result() for share in parts})
     return [table(f"Loss after {args.steps * 4096:,} tokens of input.txt, 4 x 128, {args.seeds} seeds (mean ± half the range)", rows),
-            table(f"{kept.capitalize()}, on fewer tokens", part)]
+            table("modern, on fewer tokens", part), table(f"modern with one change, lr {rate:g}", change)]
 
 
 def draw_recipe(curves, shorter):

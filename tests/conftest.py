@@ -1,4 +1,5 @@
 """What the tests share: the scripts as subprocesses, small corpora, and runs made once."""
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -107,7 +108,7 @@ sys.exit(code if code >= 0 else 128 - code)
 def serve(listener):
     """Runs the scripts that shells ask for, into their pipes."""
     while True:
-        with listener.accept() as client:
+        with contextlib.suppress(OSError, EOFError), listener.accept() as client:
             (script, *args), env, cwd, pid = client.recv()
             process = FORKS.Process(target=run_as_main, args=(os.path.join(cwd, script), args, env, cwd,
                                                               f"/proc/{pid}/fd/1", f"/proc/{pid}/fd/2"))
@@ -128,7 +129,7 @@ def shell(code, cwd=None):
     python = shlex.quote(sys.executable)
     functions = (f"python() {{ case $1 in *.py) {python} -S -c {shlex.quote(CLIENT)} {shlex.quote(server())} \"$@\";; "
                  f"*) {python} \"$@\";; esac; }}\n")
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", functions + code], cwd=cwd, capture_output=True, text=True,
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", functions + code], cwd=cwd, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "HF_DATASETS_OFFLINE": "1"})
     assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done.stdout

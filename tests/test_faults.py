@@ -188,12 +188,8 @@ def close(a, b):
 
 
 def test_two_processes_equal_one(one_process, small_shards, tmp_path):
-    """Typed as a user does: nothing is forked here."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train_gpt2.py"),
-               *map(str, [*SMALL, "--max_steps", 30, "--batch_size", 2, "--eval_tokens", 1500, "--data", small_shards,
-                          "--out_dir", tmp_path / "log"])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run("train_gpt2.py", *SMALL, "--max_steps", 30, "--batch_size", 2, "--eval_tokens", 1500, "--data", small_shards,
+        "--out_dir", tmp_path / "log", torchrun=2)
     close(tmp_path / "log", one_process)
 
 
@@ -230,10 +226,13 @@ def test_two_nodes_on_loopback(one_process, small_shards, tmp_path):
 
 
 def test_torchrun_restarts_from_the_last_checkpoint(one_process, small_shards, tmp_path):
-    """A worker is killed; the job comes back by itself, and nobody says --resume."""
-    process = start("train_gpt2.py", *SMALL, "--max_steps", 30, "--checkpoint_every", 5, "--eval_tokens", 1500, "--data", small_shards,
-                    "--out_dir", tmp_path / "log",
-                    torchrun=["--standalone", "--nproc_per_node", 2, "--max_restarts", 2, "--monitor_interval", 0.1])
+    """A worker is killed; the job comes back by itself, and nobody says --resume. Typed as a user does: nothing is
+    forked here."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "2",
+               "--monitor_interval", "0.1", str(ROOT / "train_gpt2.py"),
+               *map(str, [*SMALL, "--max_steps", 30, "--checkpoint_every", 5, "--eval_tokens", 1500, "--data", small_shards,
+                          "--out_dir", tmp_path / "log"])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: log_has_step(tmp_path / "log", 12), process)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
