@@ -157,12 +157,11 @@ class Item:
     lengths: list    # what acc_norm divides the losses by
     truncated: bool
 
-    def rows(self, block_size):
-        """One row for the four endings; one for each where that would be longer than block_size."""
-        row = make_row(self.texts, self.starts, range(4), min(len(os.path.commonprefix(self.texts)), *self.starts))
-        return [row] if len(row.ids) <= block_size else self.plain_rows()
-
-    def plain_rows(self):
+    def rows(self, branching):
+        """One row for the four endings; one for each if the model cannot branch, or if cutting left nothing to share."""
+        shared = min(len(os.path.commonprefix(self.texts)), *self.starts)
+        if branching and shared:
+            return [make_row(self.texts, self.starts, range(4), shared)]
         return [make_row([text], [start], [k], 0) for k, (text, start) in enumerate(zip(self.texts, self.starts))]
 
 
@@ -203,17 +202,14 @@ def config_value(model, *names, default=None):
     return next((value for value in (getattr(config, name, None) for name in names) if value), default)
 
 
-def takes_branches(model, items, device, block_size):
+def takes_branches(model, items, device):
     """Whether the model can read rows that branch. A Transformers model is asked: the longest of them, both ways."""
     if is_ours(model) or not items:
         return is_ours(model)
-    item = max((item for item in items if len(item.rows(block_size)) == 1), default=None,
-               key=lambda item: len(item.rows(block_size)[0].ids))
-    if item is None:
-        return False
-    plain = score_rows(model, [item.plain_rows()], device, branching=False)
+    plain, longest = max(((item.rows(False), item.rows(True)) for item in items), key=lambda ways: len(ways[1][0].ids))
+    expected = score_rows(model, [plain], device, branching=False)
     try:
-        return torch.allclose(score_rows(model, [item.rows(block_size)], device, branching=True), plain, rtol=1e-3)
+        return torch.allclose(score_rows(model, [longest], device, branching=True), expected, rtol=1e-3)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # no such argument, no such shape, ...
@@ -287,9 +283,9 @@ def score(model, examples, encode, style, device):
     them (B, 4), how many had a row cut); losses are float64 on the CPU, in nats."""
     block_size = config_value(model, "block_size", "n_positions", "max_position_embeddings", "n_ctx", default=2048)
     items = [prepare(i, example, encode, style, block_size) for i, example in enumerate(examples)]
-    branching = takes_branches(model, items, device, block_size)
+    branching = takes_branches(model, items, device)
     # Tokens in one forward pass, and what starting one costs in tokens (a GPU waits for its launches).
-    batches = list(batches_of([(item, item.rows(block_size) if branching else item.plain_rows()) for item in items],
+    batches = list(batches_of([(item, item.rows(branching)) for item in items],
                               *((2048, 100) if device.type == "cpu" else (16384, 2048))))
     random.Random(0).shuffle(batches)  # so that the running accuracy is not that of the shortest contexts
     for batch in batches:

@@ -293,7 +293,6 @@ class KVCache:
 
 class Branches:
     """In the place of a layer's cache; see `GPT.branches`."""
-    seen = 0
 
     def __init__(self, positions, mask):
         self.positions, self.mask = lambda T: positions, mask
@@ -442,12 +441,12 @@ class GPT(nn.Module):
     def hidden_states(self, idx, cache=None):
         """idx: (B, T) int64, the tokens after those in `cache`, which it extends; or those of `branches`. Returns
         (B, T, n_embd), normalised. Raises ValueError where cache and idx together are longer than block_size."""
-        T, seen = idx.size(1), cache.seen if cache else 0
-        if seen + T > self.config.block_size:
-            raise ValueError(f"{seen + T} tokens, but block_size is {self.config.block_size}")
+        positions = cache.layers[0].positions(idx.size(1)) if cache else slice(0, idx.size(1))
+        if isinstance(positions, slice) and positions.stop > self.config.block_size:
+            raise ValueError(f"{positions.stop} tokens, but block_size is {self.config.block_size}")
         x = self.wte(idx)
         if self.wpe is not None:
-            x = x + self.wpe.weight[cache.layers[0].positions(T) if cache else slice(0, T)]
+            x = x + self.wpe.weight[positions]
         x = self.drop(x)
         for i, block in enumerate(self.h):
             x = block(x, cache.layers[i] if cache else None)

@@ -152,7 +152,7 @@ def reference(kind, style):
 @torch.no_grad()
 def takes_branches(model, style, examples=EXAMPLES):
     items = [hellaswag.prepare(i, example, encode(), style, 128) for i, example in enumerate(examples)]
-    return hellaswag.takes_branches(model, items, torch.device("cpu"), 128)
+    return hellaswag.takes_branches(model, items, torch.device("cpu"))
 
 
 def our_scores(model, style, examples=EXAMPLES):
