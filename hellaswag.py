@@ -240,7 +240,7 @@ def logits_at(model, idx, seen, positions, places, part):
         logits = model(input_ids=idx, **inputs).logits
     finally:
         hook.remove()
-    yield from logits.split(part)
+    yield from (logits if logits.ndim == 2 else logits.flatten(0, 1)[places]).split(part)  # 3: it called no head
 
 
 def score_rows(model, examples, device, branching):
