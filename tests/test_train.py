@@ -31,21 +31,21 @@ def test_importing_does_nothing():
 
 def test_tiny_learns_and_everything_around_it_works(tmp_path):
     """The default run, shortened: falling validation losses, samples, a checkpoint, the command that samples from it."""
-    out, err = run("train_gpt2.py", "--max_steps", 45, "--total_batch_size", 1024, "--eval_every", 15, "--eval_tokens", 8192, "--sample_every", 25,
-                   "--checkpoint_every", 25, "--out_dir", tmp_path / "log", cwd=ROOT)
+    out, err = run("train_gpt2.py", "--max_steps", 60, "--total_batch_size", 1024, "--eval_every", 20, "--eval_tokens", 8192, "--sample_every", 30,
+                   "--checkpoint_every", 30, "--out_dir", tmp_path / "log", cwd=ROOT)
     vals = [line["loss"] for line in log_lines(tmp_path / "log", "val")]
     assert len(vals) == 3 and vals[0] > vals[1] > vals[2] and vals[2] < 3.0
     assert "data    input.txt" in out and "--preset" in out and "--device" in out
-    assert (tmp_path / "log/latest").is_symlink() and (tmp_path / "log/latest").resolve().name == "step_000045"
+    assert (tmp_path / "log/latest").is_symlink() and (tmp_path / "log/latest").resolve().name == "step_000060"
     last = out.strip().splitlines()[-1]
     assert "sample --checkpoint" in last
     said = shell(last + " --max_new_tokens 20", cwd=ROOT)
     assert said.startswith("ROMEO:") and len(said) > 15
     first = json.loads((tmp_path / "log/log.jsonl").read_text().splitlines()[0])
-    assert first["kind"] == "config" and first["preset"] == "tiny" and first["max_steps"] == 45
+    assert first["kind"] == "config" and first["preset"] == "tiny" and first["max_steps"] == 60
     keys = {"kind", "step", "loss", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second", "mfu"}
     train = log_lines(tmp_path / "log", "train")
-    assert [line["step"] for line in train] == list(range(1, 46)) and all(set(line) == keys for line in train)
+    assert [line["step"] for line in train] == list(range(1, 61)) and all(set(line) == keys for line in train)
     assert len(log_lines(tmp_path / "log", "sample")) == 2
     out, _ = run("train_gpt2.py", "eval", "--checkpoint", tmp_path / "log/latest", "--eval_tokens", 8192,
                  "--data", ROOT / "input.txt", env={"HF_DATASETS_OFFLINE": "1"})
