@@ -641,6 +641,9 @@ CHANGES = {  # of that recipe, at its best learning rate
 }
 
 
+plain_step = train_gpt2.Run.train_step
+
+
 def warm_up_momentum(steps):
     """Makes the runs of this process raise Muon's momentum from 0.85 to 0.95 over their first steps; 0: none do."""
     def step(run):
@@ -648,9 +651,6 @@ def warm_up_momentum(steps):
             group["momentum"] = 0.85 + 0.1 * min(1.0, run.step / steps)
         return plain_step(run)
     train_gpt2.Run.train_step = step
-
-
-plain_step = train_gpt2.Run.train_step
 
 
 def small_run(flags, folder, momentum_steps=0, **given):
