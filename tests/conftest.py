@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"),
                   OMP_WAIT_POLICY="PASSIVE",  # threads that spin starve the other processes of a test
-                  TORCHINDUCTOR_VEC_ISA_OK="1")  # no trial compilations of what /proc/cpuinfo says: ten seconds
+                  TORCHINDUCTOR_VEC_ISA_OK="1",  # no trial compilations of what /proc/cpuinfo says: ten seconds
+                  TORCHINDUCTOR_COMPILE_THREADS="1")  # no pool, whose processes import torch: ten seconds too
 
 import torch  # noqa: E402  after the thread count is set
 
@@ -33,7 +34,8 @@ SMALL = ("--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --total_batch_size 
 
 
 FORKS = multiprocessing.get_context("forkserver")  # forks of a process that has imported torch: four seconds less each
-FORKS.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.run", "pytest", "tqdm", "tiktoken", "safetensors.torch"])
+FORKS.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.run", "pytest", "tqdm", "tiktoken", "safetensors.torch",
+                              "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"])
 TORCHRUN = str(Path(torch.__file__).parent / "distributed/run.py")
 
 
@@ -42,8 +44,11 @@ def run_as_main(script, args, env, cwd, out, err):
         os.dup2(os.open(path, os.O_WRONLY), number)
     os.environ.update(env)
     os.chdir(cwd)
-    sys.argv, sys.path[0] = [script, *args], str(ROOT) if script == TORCHRUN else os.path.dirname(script)
-    runpy.run_path(script, run_name="__main__")
+    sys.argv, sys.path[0] = [script, *args], str(ROOT) if script == TORCHRUN else os.path.dirname(os.path.abspath(script))
+    if script == "-c":
+        exec(args[0], {"__name__": "__main__"})
+    else:
+        runpy.run_path(os.path.abspath(script), run_name="__main__")
 
 
 class Forked:
@@ -110,8 +115,7 @@ def serve(listener):
     while True:
         with contextlib.suppress(OSError, EOFError), listener.accept() as client:
             (script, *args), env, cwd, pid = client.recv()
-            process = FORKS.Process(target=run_as_main, args=(os.path.join(cwd, script), args, env, cwd,
-                                                              f"/proc/{pid}/fd/1", f"/proc/{pid}/fd/2"))
+            process = FORKS.Process(target=run_as_main, args=(script, args, env, cwd, f"/proc/{pid}/fd/1", f"/proc/{pid}/fd/2"))
             process.start()
             process.join()
             client.send(process.exitcode)
@@ -125,9 +129,9 @@ def server():
 
 
 def shell(code, cwd=None):
-    """Runs lines of bash as they are printed; python script.py is a fork too. Returns what they wrote on stdout."""
+    """Runs lines of bash as they are printed; python script.py and python -c are forks too. Returns what they wrote on stdout."""
     python = shlex.quote(sys.executable)
-    functions = (f"python() {{ case $1 in *.py) {python} -S -c {shlex.quote(CLIENT)} {shlex.quote(server())} \"$@\";; "
+    functions = (f"python() {{ case $1 in *.py|-c) {python} -S -c {shlex.quote(CLIENT)} {shlex.quote(server())} \"$@\";; "
                  f"*) {python} \"$@\";; esac; }}\n")
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", functions + code], cwd=cwd, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "HF_DATASETS_OFFLINE": "1"})

@@ -170,7 +170,7 @@ def expected_result(kind, style):
 
 
 @pytest.mark.parametrize("kind, style", [*((kind, style) for kind in KINDS for style in hellaswag.STYLES),
-                                         *((kind, "completion") for kind in SCALED + UNSHARED)])
+                                         *((kind, "completion") for kind in SCALED + UNSHARED)], scope="module")
 def test_predictions_are_the_references(kind, style):
     assert takes_branches(build(kind), style) == (kind not in UNSHARED)
     for ours, expected in zip(our_scores(build(kind), style), reference(kind, style)):
@@ -184,7 +184,7 @@ def test_predictions_are_the_references(kind, style):
     assert len(set(expected.argmin(1))) == 4  # the models do choose
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "ours"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "ours"], scope="module")
 def test_evaluate(kind):
     model = build(kind)
     model.train()
@@ -207,7 +207,7 @@ def test_evaluate(kind):
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "ours"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "ours"], scope="module")
 def test_bfloat16_is_within_a_point(kind):
     examples = make_examples(400, seed=5)
     model = build(kind)
