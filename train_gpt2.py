@@ -142,6 +142,7 @@ class TrainConfig:
     grad_clip: float = recipe_flag(1.0, "largest gradient norm; 0: no limit")
     optimizer: str = recipe_flag("adamw", "muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest",
                                  choices=["adamw", "muon"])
+    momentum_warmup_steps: int = recipe_flag(0, "steps in which Muon's momentum rises from 0.85 to 0.95")
 
     eval_every: int = eval_flag(250, "steps between validations; 0: never", live=True)
     eval_tokens: int = eval_flag(10485760, "validation tokens to use", live=True)
@@ -172,11 +173,11 @@ PRESETS = {  # what differs from the dataclasses' defaults; learning rates by si
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, lr=2.5e-4),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, lr=2e-4),
     "modern": dict(rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False,
-                   optimizer="muon", schedule="wsd", decay_fraction=0.6, lr=1.8e-3, min_lr=0.0),
+                   optimizer="muon", momentum_warmup_steps=300, schedule="wsd", decay_fraction=0.6, lr=1.8e-3, min_lr=0.0),
     "tiny": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, tokenizer="byte",
                  rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False,
-                 optimizer="muon", schedule="wsd", decay_fraction=0.6, lr=6e-3, min_lr=0.0, warmup_steps=15,
-                 weight_decay=0.01, total_batch_size=3072, max_steps=285, eval_every=95, eval_tokens=65536,
+                 optimizer="muon", momentum_warmup_steps=50, schedule="wsd", decay_fraction=0.6, lr=6e-3, min_lr=0.0,
+                 warmup_steps=15, weight_decay=0.01, total_batch_size=3072, max_steps=285, eval_every=95, eval_tokens=65536,
                  sample_every=95, checkpoint_every=95, hellaswag_every=0, compile=False),
 }
 
@@ -909,6 +910,11 @@ def learning_rate(step, config):
     progress = min(1.0, (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps))
     return low + (c.lr - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
+
+def muon_momentum(step, config):
+    """Of the update that follows `step` updates: it rises to 0.95 from 0.85 (Jordan et al. 2024)."""
+    return 0.95 - 0.1 * max(0, config.momentum_warmup_steps - step) / max(1, config.momentum_warmup_steps)
+
 # -----------------------------------------------------------------------------
 # distributed helpers
 
@@ -1311,8 +1317,8 @@ def check(config):
     for name in ("total_batch_size", "max_steps", "eval_tokens", "batch_size"):
         if getattr(config, name) != "auto" and getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
-    for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "eval_every", "sample_every", "seed",
-                 "checkpoint_every", "keep_checkpoints", "hellaswag_every", "loss_chunks"):
+    for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "momentum_warmup_steps", "eval_every",
+                 "sample_every", "seed", "checkpoint_every", "keep_checkpoints", "hellaswag_every", "loss_chunks"):
         if (getattr(config, name) or 0) < 0:
             raise UserError(f"--{name} {getattr(config, name)}: must not be negative")
     for name, top in (("beta1", False), ("beta2", False), ("decay_fraction", True)):
@@ -1574,11 +1580,11 @@ class Run:
                 loss = self.ddp(x, y)
             self.scaler.scale(loss / self.micro_steps).backward()
             total += loss.detach() / self.micro_steps
-        lr = learning_rate(self.step, config)
+        lr, momentum = learning_rate(self.step, config), muon_momentum(self.step, config)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group.update({"lr": lr, "momentum": momentum} if "momentum" in group else {"lr": lr})
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         loss, norm, stop = world.mean(total, norm, self.stop.at is not None)  # the step's one host read
         for optimizer in self.optimizers:

@@ -623,8 +623,8 @@ def score(args):
 # the recipe
 
 MODERN = dict(rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False)
-OLD = dict(rope=False, rmsnorm=False, swiglu=False, qk_norm=False, bias=True, zero_init=False, optimizer="adamw", schedule="cosine")
-BEST = dict(schedule="wsd", decay_fraction=0.6, min_lr=0.0, optimizer="muon")
+OLD = dict(rope=False, rmsnorm=False, swiglu=False, qk_norm=False, bias=True, zero_init=False, optimizer="adamw", schedule="cosine", momentum_warmup_steps=0)
+BEST = dict(schedule="wsd", decay_fraction=0.6, min_lr=0.0, optimizer="muon", momentum_warmup_steps=50)
 RECIPES = {  # flags, and the learning rates of which the best is taken
     "gpt2": ({}, (1e-3, 3e-3, 6e-3)),
     "modern parts": (MODERN, (1e-3, 3e-3, 6e-3)),
@@ -637,26 +637,13 @@ CHANGES = {  # of that recipe, at its best learning rate
     "zero-initialised projections": dict(zero_init=True), "no QK-norm": dict(qk_norm=False), "cosine, to a tenth": dict(schedule="cosine", min_lr=None),
     "40% decay": dict(decay_fraction=0.4), "80% decay": dict(decay_fraction=0.8), "weight decay 0.01": dict(weight_decay=0.01),
     "betas 0.8, 0.95": dict(beta1=0.8), "betas 0.9, 0.99": dict(beta2=0.99),
-    "Muon's momentum from 0.85 to 0.95 over the first 50 steps": dict(momentum_steps=50),
+    "Muon's momentum 0.95 from the start": dict(momentum_warmup_steps=0),
 }
 
 
-plain_step = train_gpt2.Run.train_step
-
-
-def warm_up_momentum(steps):
-    """Makes the runs of this process raise Muon's momentum from 0.85 to 0.95 over their first steps; 0: none do."""
-    def step(run):
-        for group in run.optimizers[-1].param_groups if steps else ():
-            group["momentum"] = 0.85 + 0.1 * min(1.0, run.step / steps)
-        return plain_step(run)
-    train_gpt2.Run.train_step = step
-
-
-def small_run(flags, folder, momentum_steps=0, **given):
+def small_run(flags, folder, **given):
     """4 layers x 128, byte tokens, T=128, 4,096 tokens a step, one thread. Returns the lines of its log."""
     torch.set_num_threads(1)
-    warm_up_momentum(momentum_steps)
     given = dict(preset="tiny", n_layer=4, n_embd=128, n_head=4, block_size=128, total_batch_size=4096, weight_decay=0.1, out_dir=folder,
                  warmup_steps=given["max_steps"] // 20, sample_every=0, checkpoint_every=0, quiet=True, device="cpu", compile=False,
                  data=str(ROOT / "input.txt")) | OLD | flags | given
@@ -666,8 +653,7 @@ def small_run(flags, folder, momentum_steps=0, **given):
 
 def recipe_run(flags, lr, seed, steps, folder):
     """Returns (million tokens, validation loss) at each fifth of the run."""
-    flags = dict(flags)
-    lines = small_run(flags, folder, flags.pop("momentum_steps", 0), lr=lr, seed=seed, max_steps=steps, eval_every=max(1, steps // 5), eval_tokens=111520)
+    lines = small_run(flags, folder, lr=lr, seed=seed, max_steps=steps, eval_every=max(1, steps // 5), eval_tokens=111520)
     return [(line["step"] * 4096 / 1e6, line["loss"]) for line in lines if line["kind"] == "val"]
 
 

@@ -106,6 +106,9 @@ def test_schedules_against_their_formulas():
     rate = [train_gpt2.learning_rate(step, c) for step in range(101)]
     assert rate[10:60] == pytest.approx([1.0] * 50) and rate[80] == pytest.approx(0.5) and rate[100] == 0.0
     assert train_gpt2.learning_rate(10**6, TrainConfig()) == pytest.approx(6e-5)  # lr / 10 where min_lr is left alone
+    c = TrainConfig(momentum_warmup_steps=50)
+    assert [train_gpt2.muon_momentum(step, c) for step in (0, 10, 25, 50, 99)] == pytest.approx([0.85, 0.87, 0.9, 0.95, 0.95])
+    assert train_gpt2.muon_momentum(0, TrainConfig()) == 0.95
 
 
 def test_decay_groups():
