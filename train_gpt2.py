@@ -142,7 +142,7 @@ class TrainConfig:
     grad_clip: float = recipe_flag(1.0, "largest gradient norm; 0: no limit")
     optimizer: str = recipe_flag("adamw", "muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest",
                                  choices=["adamw", "muon"])
-    momentum_warmup_steps: int = recipe_flag(0, "steps in which Muon's momentum rises from 0.85 to 0.95")
+    momentum_warmup_steps: int = recipe_flag(0, "steps in which Muon's momentum rises from 0.85 to 0.95; 0: 0.95 at once")
 
     eval_every: int = eval_flag(250, "steps between validations; 0: never", live=True)
     eval_tokens: int = eval_flag(10485760, "validation tokens to use", live=True)
@@ -177,8 +177,8 @@ PRESETS = {  # what differs from the dataclasses' defaults; learning rates by si
     "tiny": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, tokenizer="byte",
                  rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False,
                  optimizer="muon", momentum_warmup_steps=50, schedule="wsd", decay_fraction=0.6, lr=6e-3, min_lr=0.0,
-                 warmup_steps=15, weight_decay=0.01, total_batch_size=3072, max_steps=285, eval_every=95, eval_tokens=65536,
-                 sample_every=95, checkpoint_every=95, hellaswag_every=0, compile=False),
+                 warmup_steps=15, weight_decay=0.01, total_batch_size=3072, max_steps=270, eval_every=90, eval_tokens=65536,
+                 sample_every=90, checkpoint_every=90, hellaswag_every=0, compile=False),
 }
 
 # -----------------------------------------------------------------------------
@@ -912,7 +912,7 @@ def learning_rate(step, config):
 
 
 def muon_momentum(step, config):
-    """Of the update that follows `step` updates: it rises to 0.95 from 0.85 (Jordan et al. 2024)."""
+    """Of the update that follows `step` updates: it rises from 0.85 to 0.95 (modded-nanogpt, Jordan et al. 2024)."""
     return 0.95 - 0.1 * max(0, config.momentum_warmup_steps - step) / max(1, config.momentum_warmup_steps)
 
 # -----------------------------------------------------------------------------
@@ -1299,9 +1299,11 @@ def resolve(given):
     else:
         model, tokenizer = open_for_tuning(config, given, shards)
     notes = []
-    if "warmup_steps" not in given and config.warmup_steps > config.max_steps // 10:
-        config.warmup_steps = config.max_steps // 10
-        notes.append(f"warm-up shortened to {config.warmup_steps} steps, a tenth of the run (--warmup_steps)")
+    for name, part, words in (("warmup_steps", 10, "warm-up shortened to {} steps, a tenth of the run"),
+                              ("momentum_warmup_steps", 5, "momentum's warm-up to {}, a fifth")):
+        if name not in given and getattr(config, name) > config.max_steps // part:
+            setattr(config, name, config.max_steps // part)
+            notes.append(f"{words.format(config.max_steps // part)} (--{name})")
     T = model.config.block_size
     if "total_batch_size" not in given and config.total_batch_size % T:
         config.total_batch_size = max(1, round(config.total_batch_size / T)) * T
@@ -1584,7 +1586,9 @@ class Run:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
-                group.update({"lr": lr, "momentum": momentum} if "momentum" in group else {"lr": lr})
+                group["lr"] = lr
+                if "momentum" in group:  # Muon's
+                    group["momentum"] = momentum
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         loss, norm, stop = world.mean(total, norm, self.stop.at is not None)  # the step's one host read
         for optimizer in self.optimizers:

@@ -44,10 +44,11 @@ def run_as_main(script, args, env, cwd, out, err):
         os.dup2(os.open(path, os.O_WRONLY), number)
     os.environ.update(env)
     os.chdir(cwd)
-    sys.argv, sys.path[0] = [script, *args], str(ROOT) if script == TORCHRUN else os.path.dirname(os.path.abspath(script))
     if script == "-c":
+        sys.argv, sys.path[0] = ["-c", *args[1:]], ""
         exec(args[0], {"__name__": "__main__"})
     else:
+        sys.argv, sys.path[0] = [script, *args], str(ROOT) if script == TORCHRUN else os.path.dirname(os.path.abspath(script))
         runpy.run_path(os.path.abspath(script), run_name="__main__")
 
 
