@@ -1300,10 +1300,11 @@ def resolve(given):
         model, tokenizer = open_for_tuning(config, given, shards)
     notes = []
     for name, part, words in (("warmup_steps", 10, "warm-up shortened to {} steps, a tenth of the run"),
-                              ("momentum_warmup_steps", 5, "momentum's warm-up to {}, a fifth")):
-        if name not in given and getattr(config, name) > config.max_steps // part:
-            setattr(config, name, config.max_steps // part)
-            notes.append(f"{words.format(config.max_steps // part)} (--{name})")
+                              ("momentum_warmup_steps", 5, "momentum's warm-up shortened to {} steps, a fifth of the run")):
+        most = config.max_steps // part
+        if name not in given and getattr(config, name) > most:
+            setattr(config, name, most)
+            notes.append(f"{words.format(most)} (--{name})")
     T = model.config.block_size
     if "total_batch_size" not in given and config.total_batch_size % T:
         config.total_batch_size = max(1, round(config.total_batch_size / T)) * T

@@ -111,6 +111,14 @@ def test_schedules_against_their_formulas():
     assert train_gpt2.muon_momentum(0, TrainConfig()) == 0.95
 
 
+def test_a_short_run_shortens_its_presets_warm_ups():
+    config, *_, notes = train_gpt2.resolve({"preset": "tiny", "data": str(ROOT / "input.txt"), "max_steps": 100})
+    assert (config.warmup_steps, config.momentum_warmup_steps) == (10, 20) and "a tenth" in notes[0] and "a fifth" in notes[1]
+    config, *_, notes = train_gpt2.resolve({"preset": "tiny", "data": str(ROOT / "input.txt"), "max_steps": 100, "warmup_steps": 30,
+                                            "momentum_warmup_steps": 40})
+    assert (config.warmup_steps, config.momentum_warmup_steps, notes) == (30, 40, [])
+
+
 def test_decay_groups():
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=8, vocab_size=70, swiglu=True, qk_norm=True))
     (adamw,) = train_gpt2.make_optimizers(model, TrainConfig(), "cpu")
