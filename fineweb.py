@@ -578,14 +578,15 @@ class LocalFiles:
         while block < 1 << 31:
             row = 0
             try:
-                batches = csv.open_csv(
-                    self.unpack(path), csv.ReadOptions(block_size=block, use_threads=False),
-                    csv.ParseOptions(newlines_in_values=True),
-                    csv.ConvertOptions(include_columns=[self.field], column_types={self.field: pyarrow.string()}))
-                for batch in batches:
-                    values = batch.column(0).to_pylist() if row + len(batch) > first else ()
-                    yield from ((i, text) for i, text in enumerate(values, row) if i >= first)
-                    row += len(batch)
+                with open(path, "rb") as self.raw:  # opened anew: a reader that failed may still be reading ahead
+                    batches = csv.open_csv(
+                        self.unpack(path), csv.ReadOptions(block_size=block, use_threads=False),
+                        csv.ParseOptions(newlines_in_values=True),
+                        csv.ConvertOptions(include_columns=[self.field], column_types={self.field: pyarrow.string()}))
+                    for batch in batches:
+                        values = batch.column(0).to_pylist() if row + len(batch) > first else ()
+                        yield from ((i, text) for i, text in enumerate(values, row) if i >= first)
+                        row += len(batch)
                 return
             except KeyError:
                 raise UserError(f"{path}: row 1: no column {self.field!r}; name the right one with --text_field") from None

@@ -438,10 +438,20 @@ def test_refusals_of_the_command_line(tmp_path):
     assert "cannot be opened" in refused("--dataset", tmp_path / "nowhere", "--out", tmp_path / "out")
 
 
-def test_a_long_csv_row(tmp_path):
+def test_a_long_csv_row(tmp_path, monkeypatch):
     texts = ["short", "very long, indeed\n" * 240_000, "last"]
     with open(tmp_path / "a.csv", "w", newline="") as f:
         csv.writer(f).writerows([["text"]] + [[text] for text in texts])
+    unpack, files = fineweb.LocalFiles.unpack, []
+
+    def unpack_while_read(self, path):
+        """A reader that failed may still be reading ahead, in a thread: here at the worst of moments."""
+        unpacked = unpack(self, path)
+        [file.read(1 << 20) for file in files if not file.closed]
+        files.append(self.raw)
+        return unpacked
+
+    monkeypatch.setattr(fineweb.LocalFiles, "unpack", unpack_while_read)
     build(tmp_path / "out", tmp_path / "a.csv", max_tokens=100_000)
     assert np.array_equal(stream(tmp_path / "out"), expected_stream(texts)[:100_000])
 
