@@ -180,6 +180,12 @@ def byte_letters():
     return [chr(b) if chr(b).isprintable() and b != 32 else chr(next(others)) for b in range(256)]
 
 
+def spelled(tokens):
+    """{token bytes: the same in those characters}"""
+    letters = byte_letters()
+    return {token: "".join(letters[b] for b in token) for token in tokens}
+
+
 def bpe_merges(ranks):
     """The pairs of tokens that GPT-2's merges join, in order. `ranks` {token bytes: id} names only their results: the
     pair is what the merges before it leave of those bytes."""
@@ -199,8 +205,7 @@ def save_byte_level_bpe(folder, ranks, merges, use_regex):
     `use_regex` GPT-2's pattern splits the text first."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    letters = byte_letters()
-    spell = {token: "".join(letters[b] for b in token) for token in ranks}
+    spell = spelled(ranks)
     tokenizer = Tokenizer(models.BPE(vocab={spell[token]: i for token, i in ranks.items()},
                                      merges=[(spell[left], spell[right]) for left, right in merges]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
@@ -292,7 +297,7 @@ class FolderTokenizer:
         self.name = str(folder)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.name, local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged file raises no other kind
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{self.name}: no Transformers tokenizer opens from this folder ({reason})") from None
         self.eot, self.vocab_size = self.tokenizer.eos_token_id, len(self.tokenizer)
@@ -308,6 +313,14 @@ class FolderTokenizer:
 
     def save_pretrained(self, folder):
         self.tokenizer.save_pretrained(folder)
+
+    def is_gpt2(self):
+        """Whether its tokens and ids are GPT-2's: OpenAI's own folders do not name them."""
+        if self.vocab_size != GPT2Tokenizer.vocab_size:
+            return False
+        ranks = GPT2Tokenizer().ranks
+        spell = spelled(ranks)
+        return self.tokenizer.get_vocab() == {spell[token]: i for token, i in ranks.items()} | {END_OF_TEXT: GPT2Tokenizer.eot}
 
 
 def get_tokenizer(name):

@@ -347,7 +347,7 @@ class Flags:
     style: str = flag("completion", "whose way of counting: build-nanogpt's or lm-evaluation-harness's", choices=STYLES)
     limit: int = flag(0, "only so many of the first examples; 0 means all")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = flag("auto", "auto is bfloat16 where the chip has it", choices=("auto", "bfloat16", "float32"))
+    dtype: str = flag("auto", "auto is bfloat16 on CUDA chips and CPUs that have it", choices=("auto", "bfloat16", "float32"))
 
 
 def pick_device(name):

@@ -152,10 +152,11 @@ class TrainConfig:
     hellaswag_every: int = eval_flag(1000, "steps between HellaSwag scores; 0: never", live=True)
     hellaswag_data: str | None = eval_flag(None, "HellaSwag's jsonl", default_text="downloaded", live=True)
 
-    batch_size: int | str = system_flag("auto", "sequences per device in a micro-step; auto: the most that fit",
+    batch_size: int | str = system_flag("auto", "sequences per device in a micro-step; auto: on CUDA a power of two that "
+                                                "fits, elsewhere up to 8,192 tokens",
                                         type=auto_or_int, metavar="N|auto", live=True)
     device: str = system_flag("auto", "auto, cpu, cuda, cuda:1, mps", live=True)
-    dtype: str = system_flag("auto", "auto: bfloat16 where the chip has it, else float16 on CUDA, else float32",
+    dtype: str = system_flag("auto", "auto: bfloat16 on CUDA chips and CPUs that have it, else float16 on CUDA, else float32",
                              choices=["auto", "bfloat16", "float16", "float32"], live=True)
     compile: bool | None = system_flag(None, "torch.compile the blocks and the loss", default_text="auto", live=True)
     deterministic: bool = system_flag(False, "bit-for-bit repeatable on CUDA, slower", live=True)
@@ -576,11 +577,15 @@ LLAMA_NAMES = {  # Mistral's and Qwen3's too
     "norm_f": "model.norm", "lm_head": "lm_head",
 }
 OWN_TYPE = "train_gpt2"
+KNOWN_TO_THEM = set("n_layer n_head n_kv_head n_embd block_size dropout bias rope rmsnorm swiglu qk_norm window zero_init "
+                    "vocab_size eot n_hidden head_dim rope_theta norm_eps tied".split())
 
 
 def transformers_type(config):
     """The model_type of the Transformers architecture that computes the same, or this project's own."""
     c = config
+    if any(getattr(c, f.name) != f.default for f in fields(c) if f.name not in KNOWN_TO_THEM):
+        return OWN_TYPE
     if c.rope and c.rmsnorm and c.swiglu:
         if not c.window and not c.qk_norm:
             return "llama"
@@ -755,13 +760,14 @@ def open_model(name_or_folder, **overrides):
     model = GPT.from_pretrained(name_or_folder, **overrides)
     folder = model_folder(name_or_folder)
     name = json.loads((folder / "config.json").read_text()).get("tokenizer")
-    if name not in ("gpt2", "byte"):  # ours says its name; others come with files
-        name = str(folder) if any((folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json")) else None
-        if name is None and model.config.vocab_size == 50257:
-            name = "gpt2"
-    if name is None:
-        raise UserError(f"{name_or_folder}: no tokenizer files beside the model; save its tokenizer there")
-    return model, fineweb.get_tokenizer(name)
+    if name in ("gpt2", "byte"):  # ours says its name; others come with files
+        return model, fineweb.get_tokenizer(name)
+    if any((folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        tokenizer = fineweb.get_tokenizer(str(folder))
+        return model, fineweb.get_tokenizer("gpt2") if tokenizer.is_gpt2() else tokenizer
+    if model.config.vocab_size == 50257:
+        return model, fineweb.get_tokenizer("gpt2")
+    raise UserError(f"{name_or_folder}: no tokenizer files beside the model; save its tokenizer there")
 
 # -----------------------------------------------------------------------------
 # data
@@ -941,6 +947,14 @@ class World:
         # a node whose own workers were well restarts them without counting it
         restarts = self.sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
         self.restarted = restarts > 0 and not self.store.add("refused", 0)
+
+    @property
+    def launcher(self):
+        """What a command line like this run's begins with."""
+        if not self.distributed:
+            return "python"
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        return f"torchrun --standalone --nproc_per_node={here}" if here == self.size else "torchrun …"
 
     def refuse(self, message):
         """Raises a UserError that torchrun's restarts do not take for a run to be resumed."""
@@ -1359,7 +1373,8 @@ def restore(given, state, model, folder):
     if "batch_size" not in given:
         config.batch_size = "auto"
     check(config)
-    return config, fineweb.get_tokenizer(config.tokenizer)
+    known = config.tokenizer in ("gpt2", "byte")  # another one's files are in the checkpoint
+    return config, fineweb.get_tokenizer(config.tokenizer if known else str(folder))
 
 
 def split_batch(config, model, world, dtype, previous):
@@ -1412,6 +1427,11 @@ def largest_batch(model, sizes, world, dtype):
     return world.min(largest)  # the same on all ranks
 
 
+def is_out_of_memory(error):
+    """CUDA's kind, or what MPS and the CPU raise for it."""
+    return isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|can't allocate memory", str(error))
+
+
 def out_of_memory(run):
     """The error for a run whose micro-step did not fit, naming a batch that does: tried, smaller and smaller."""
     size, config, run.ddp = run.batch_size, run.model.config, None
@@ -1425,7 +1445,9 @@ def out_of_memory(run):
             x = torch.zeros(fitting, config.block_size, dtype=torch.long, device=run.world.device)
             with autocast(run.world.device_type, run.dtype), uncompiled():
                 run.model(x, x).backward()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             continue
         finally:
             held = None
@@ -1707,7 +1729,9 @@ def run_training(given, world):
             break
         try:
             line, stopped = run.train_step()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             line = None
         if line is None:  # outside of the handler, whose traceback holds the tensors
             raise out_of_memory(run)
@@ -1722,7 +1746,8 @@ def run_training(given, world):
         raise RunFailed(f"the last checkpoint could not be written; {newest(out_dir)}")
     command = os.path.relpath(HERE / "train_gpt2.py")
     if stopped:
-        world.print(f"stopped by a signal at step {run.step:,}; go on with:\n  python {command} --out_dir {out_dir} --resume")
+        world.print(f"stopped by a signal at step {run.step:,}; go on with:\n"
+                    f"  {world.launcher} {command} --out_dir {out_dir} --resume")
     elif run.saved == run.step:
         world.print(f"done at step {run.step:,}; sample from the model with:\n"
                     f"  python {command} sample --checkpoint {out_dir}/latest --prompt \"ROMEO:\"")
@@ -1773,7 +1798,7 @@ class EvalConfig:
                            metavar="MODEL")
     data: str | None = flag(None, "a folder of shards or a text file, whose validation part is used",
                             default_text="the run's")
-    eval_tokens: int = flag(10485760, "validation tokens to use")
+    eval_tokens: int | None = flag(None, "validation tokens to use", default_text="the run's")
     hellaswag_data: str | None = flag(None, "HellaSwag's jsonl", default_text="downloaded")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
 
@@ -1817,13 +1842,14 @@ def evaluate(argv):
     world = World(c.device)
     dtype = pick_dtype("auto", world.device_type)
     model, tokenizer = open_model(c.checkpoint)
-    state = Path(c.checkpoint) / "train_state.pt"
-    data = c.data or (read_state(c.checkpoint, mmap=True)["config"]["data"] if state.exists() else default_data())
+    ours = (Path(c.checkpoint) / "train_state.pt").exists()
+    run = read_state(c.checkpoint, mmap=True)["config"] if ours else asdict(TrainConfig(data=default_data()))
+    data = c.data or run["data"]
     if not os.path.exists(data):
         raise UserError(f"--data {data}: no such file or folder")
     model.to(world.device)
     corpus = open_data(data, tokenizer, model.config.block_size)[1]
-    loss = validate(model, corpus, c.eval_tokens, max(1, 8192 // model.config.block_size), world, dtype)
+    loss = validate(model, corpus, c.eval_tokens or run["eval_tokens"], max(1, 8192 // model.config.block_size), world, dtype)
     world.print(f"{data}: validation loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):,.3f}")
     try:
         score = score_hellaswag(model, hellaswag.load_examples(c.hellaswag_data), tokenizer, world, dtype)

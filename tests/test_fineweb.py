@@ -47,7 +47,7 @@ def write_parquet(path, texts, row_group_size=50):
 
 def expected_stream(texts):
     """What build-nanogpt's script makes of these documents: end-of-text, then the tokens."""
-    encoding = fineweb.get_tokenizer("gpt2").encoding
+    encoding = fineweb.worker_tokenizer().encoding
     return np.array([t for text in texts for t in [EOT] + encoding.encode_ordinary(text)], dtype=np.uint16)
 
 
@@ -237,6 +237,10 @@ def test_export_for_transformers(name, tmp_path):
 def test_unknown_tokenizers(tmp_path):
     with pytest.raises(UserError, match="'gpt5': not gpt2, byte, or a folder"):
         fineweb.get_tokenizer("gpt5")
+    with pytest.raises(UserError, match="no Transformers tokenizer"):
+        fineweb.get_tokenizer(str(tmp_path))
+    fineweb.get_tokenizer("byte").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="no Transformers tokenizer"):
         fineweb.get_tokenizer(str(tmp_path))
 

@@ -1,6 +1,7 @@
 """RoPE, RMSNorm, SwiGLU, QK-norm, grouped-query and sliding-window attention: each against a formula in float64, every
 mixture against its promises, and every mixture that Transformers has against Transformers."""
 import itertools
+import json
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llam
 
 import fineweb
 import train_gpt2
+from conftest import ROOT, SMALL, log_lines, run
 from test_model import randomise, relative
 from train_gpt2 import GPT, GPTConfig, WindowAttention, full_attention
 
@@ -231,6 +233,28 @@ def test_other_mixtures_have_our_own_type(tmp_path):
     assert reopened.config == model.config
     idx = torch.randint(0, 67, (2, 24))
     assert torch.equal(reopened.eval()(idx), model(idx))
+
+
+def test_a_part_that_is_added_survives_a_checkpoint(tmp_path):
+    """README's squared ReLU, in its three places."""
+    text = (ROOT / "train_gpt2.py").read_text()
+    for old, new in [("    zero_init: bool =", '    relu2: bool = model_flag(False, "squared ReLU instead of GELU")\n    zero_init: bool ='),
+                     ("class SwiGLU(MLP):", "class ReLU2(MLP):\n\n    def forward(self, x):\n"
+                                            "        return self.c_proj(F.relu(self.c_fc(x)).square())\n\n\nclass SwiGLU(MLP):"),
+                     ("else MLP(config)", "else ReLU2(config) if config.relu2 else MLP(config)")]:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (tmp_path / "train_gpt2.py").write_text(text)
+    for name in ("fineweb.py", "hellaswag.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    out, _ = run(tmp_path / "train_gpt2.py", *SMALL, "--relu2", "--checkpoint_every", 6, "--data", ROOT / "input.txt",
+                 "--tokenizer", "byte", "--out_dir", tmp_path / "log", "--no-rope", "--no-rmsnorm", "--no-swiglu", "--no-qk_norm", "--bias")
+    assert "only this script" in out
+    loss = log_lines(tmp_path / "log", "val")[-1]["loss"]
+    out, _ = run(tmp_path / "train_gpt2.py", "eval", "--checkpoint", tmp_path / "log/latest", "--device", "cpu",
+                 env={"HF_DATASETS_OFFLINE": "1"})
+    assert f"validation loss {loss:.4f}" in out
+    assert json.loads((tmp_path / "log/latest/config.json").read_text())["relu2"] is True
 
 
 def test_zero_init_starts_as_the_embedding_alone():

@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -47,8 +48,7 @@ def test_tiny_learns_and_everything_around_it_works(tmp_path):
     train = log_lines(tmp_path / "log", "train")
     assert [line["step"] for line in train] == list(range(1, 61)) and all(set(line) == keys for line in train)
     assert len(log_lines(tmp_path / "log", "sample")) == 2
-    out, _ = run("train_gpt2.py", "eval", "--checkpoint", tmp_path / "log/latest", "--eval_tokens", 8192,
-                 "--data", ROOT / "input.txt", env={"HF_DATASETS_OFFLINE": "1"})
+    out, _ = run("train_gpt2.py", "eval", "--checkpoint", tmp_path / "log/latest", cwd=ROOT, env={"HF_DATASETS_OFFLINE": "1"})
     assert "HellaSwag is left out" in out
     loss, perplexity = map(float, re.search(r"validation loss ([\d.]+) nats a token, perplexity ([\d.]+)", out).groups())
     assert loss == pytest.approx(vals[2], abs=1e-3) and perplexity == pytest.approx(math.exp(vals[2]), abs=0.02)
@@ -215,6 +215,29 @@ def test_bad_data_is_one_line(tmp_path, small_shards):
 def test_trains_on_other_peoples_shards(gpt2_shards, tmp_path):
     run("train_gpt2.py", *SMALL, "--data", gpt2_shards, "--out_dir", tmp_path)
     assert log_lines(tmp_path, "config")[0]["vocab_size"] == 50257 and abs(losses(tmp_path)[0] - math.log(50257)) < 0.1
+
+
+def test_fine_tunes_openais_folder_on_shards(gpt2_shards, text_file, tmp_path):
+    """Its config.json names no tokenizer; the files beside it are GPT-2's vocabulary. Another vocabulary of that size is
+    not taken for it, and trains on text."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64)).save_pretrained(tmp_path / "model")
+    fineweb.get_tokenizer("gpt2").save_pretrained(tmp_path / "fast")
+    AutoTokenizer.from_pretrained(tmp_path / "fast").save_pretrained(tmp_path / "model")
+    flags = ["--init_from", tmp_path / "model", "--max_steps", 1, "--total_batch_size", 128, "--eval_every", 0, "--sample_every", 0,
+             "--hellaswag_every", 0, "--device", "cpu", "--no-compile"]
+    run("train_gpt2.py", *flags, "--data", gpt2_shards, "--checkpoint_every", 0, "--out_dir", tmp_path / "log")
+    assert log_lines(tmp_path / "log", "config")[0]["tokenizer"] == "gpt2"
+    path = tmp_path / "model/tokenizer.json"
+    words = json.loads(path.read_text())
+    vocab = words["model"]["vocab"]
+    vocab["\u0120the"], vocab["\u0120a"] = vocab["\u0120a"], vocab["\u0120the"]
+    path.write_text(json.dumps(words))
+    assert "has its own" in refused("train_gpt2.py", *flags, "--data", gpt2_shards, "--out_dir", tmp_path / "other")
+    run("train_gpt2.py", *flags, "--data", text_file, "--out_dir", tmp_path / "other")
+    shutil.rmtree(tmp_path / "model")
+    run("train_gpt2.py", "--resume", "--max_steps", 2, "--out_dir", tmp_path / "other", "--device", "cpu")
+    assert len(losses(tmp_path / "other")) == 2
 
 
 def test_fine_tuning_takes_shape_and_tokenizer(tmp_path, text_file):
