@@ -662,14 +662,14 @@ def final_loss(run):
     return run.result()[-1][1]
 
 
-def pool_of_runs(args):
-    return concurrent.futures.ProcessPoolExecutor(os.cpu_count() if args.device == "cpu" else 1, multiprocessing.get_context("spawn"))
+def pool_of_runs():
+    return concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
 
 
 def recipe(args):
     """Every change alone and all together, each at its best of three learning rates, over the seeds; then how few of the
     gpt2 recipe's tokens the modern one needs for the same loss, and what changes to it bring."""
-    with tempfile.TemporaryDirectory() as folder, pool_of_runs(args) as pool:
+    with tempfile.TemporaryDirectory() as folder, pool_of_runs() as pool:
         count = 0
 
         def start(flags, lr, seed, steps):
@@ -730,7 +730,7 @@ def ablation(args):
     than is read once. Both validate on the same play."""
     text = (ROOT / "input.txt").read_bytes()
     train, val = text[:len(text) * 9 // 10], text[len(text) * 9 // 10:]
-    with tempfile.TemporaryDirectory() as folder, pool_of_runs(args) as pool:
+    with tempfile.TemporaryDirectory() as folder, pool_of_runs() as pool:
         data = {}
         for name, size in (("little", args.little), ("much", len(train))):
             data[name] = os.path.join(folder, name)

@@ -2,10 +2,13 @@
 import json
 import re
 import struct
+import subprocess
 
 import pytest
 
-from conftest import SMALL, log_lines, refused, run
+import fineweb
+from conftest import ROOT, SMALL, log_lines, refused, run
+from train_gpt2 import GPTConfig, TrainConfig
 
 pytest.importorskip("wandb")
 pytest.importorskip("tensorboard")
@@ -94,3 +97,26 @@ def test_a_tracker_that_is_not_installed(package, flags, small_shards, tmp_path)
                       f"sys.path.insert(0, {str(re.sub('/tests.*', '', __file__))!r})\n"
                       "import fineweb, train_gpt2; fineweb.run_cli(train_gpt2.main)\n")
     assert f"pip install {package}" in refused(driver, *SMALL, *flags, "--data", small_shards, "--out_dir", tmp_path / "log")
+
+
+def test_the_sweep_of_the_readme_gives_each_run_its_folder(tmp_path):
+    """The command as wandb's agent puts it together for two runs; a program in the place of python says what it was given."""
+    import yaml
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    sweep = yaml.safe_load(re.search(r"```yaml\n(program: .*?)```", (ROOT / "README.md").read_text(), flags=re.S)[1])
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    command, given = create_sweep_command(sweep["command"]), []
+    for run_id, lr, rope in (("a", 0.003, True), ("b", 0.006, False)):
+        chosen = {name: {"value": about["value"]} for name, about in sweep["parameters"].items() if "value" in about}
+        macros = create_sweep_command_args({"args": {**chosen, "lr": {"value": lr}, "rope": {"value": rope}}})
+        macros["program"] = [sweep["program"]]
+        words = [word for part in command for word in (macros[part[2:-1]] if part.startswith("${") else [part])]
+        out = subprocess.run(words, capture_output=True, text=True, check=True,
+                             env={"PATH": f"{tmp_path}:/usr/bin:/bin", "WANDB_RUN_ID": run_id}).stdout.splitlines()
+        assert out[0] == "train_gpt2.py"
+        given.append(fineweb.parse_flags(out[1:], GPTConfig, TrainConfig, prog="train_gpt2.py", description=""))
+    common = {"data": "input.txt", "wandb": "my-project"}
+    assert given == [{**common, "lr": 0.003, "rope": True, "out_dir": "log_sweep_a"},
+                     {**common, "lr": 0.006, "rope": False, "out_dir": "log_sweep_b"}]
