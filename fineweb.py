@@ -297,7 +297,7 @@ class FolderTokenizer:
         self.name = str(folder)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.name, local_files_only=True)
-        except Exception as error:  # a damaged file raises no other kind
+        except Exception as error:  # what tokenizers raises for a damaged file
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{self.name}: no Transformers tokenizer opens from this folder ({reason})") from None
         self.eot, self.vocab_size = self.tokenizer.eos_token_id, len(self.tokenizer)
@@ -314,13 +314,11 @@ class FolderTokenizer:
     def save_pretrained(self, folder):
         self.tokenizer.save_pretrained(folder)
 
-    def is_gpt2(self):
-        """Whether its tokens and ids are GPT-2's: OpenAI's own folders do not name them."""
-        if self.vocab_size != GPT2Tokenizer.vocab_size:
-            return False
-        ranks = GPT2Tokenizer().ranks
-        spell = spelled(ranks)
-        return self.tokenizer.get_vocab() == {spell[token]: i for token, i in ranks.items()} | {END_OF_TEXT: GPT2Tokenizer.eot}
+    def equals(self, gpt2):
+        """Whether this is GPT-2's tokenizer, which OpenAI's own folders do not name."""
+        spell, probe = spelled(gpt2.ranks), "It's  2019, don't\n you know?"
+        vocabulary = {spell[token]: i for token, i in gpt2.ranks.items()} | {END_OF_TEXT: gpt2.eot}
+        return self.tokenizer.get_vocab() == vocabulary and self.encode(probe) == gpt2.encode(probe)
 
 
 def get_tokenizer(name):
@@ -559,8 +557,7 @@ class LocalFiles:
                 raise UserError(f"{path}: unreadable at or after row {row + 1}: {reason}") from None
 
     def unpack(self, path):
-        """The decompressed bytes of self.raw, from their beginning."""
-        self.raw.seek(0)
+        """The decompressed bytes of self.raw, which has just been opened."""
         if path.lower().endswith(".gz"):
             return gzip.GzipFile(fileobj=self.raw)
         if path.lower().endswith(".zst"):

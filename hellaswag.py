@@ -392,7 +392,7 @@ def open_model(name, style):
                 setattr(config, key, "gelu_pytorch_tanh")
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # no network, no such name, a damaged file: too many types to list
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"--model {name}: no causal language model opens ({reason})") from None
     return model, lambda text: tokenizer.encode(text, add_special_tokens=style == "harness", verbose=False)

@@ -577,6 +577,7 @@ LLAMA_NAMES = {  # Mistral's and Qwen3's too
     "norm_f": "model.norm", "lm_head": "lm_head",
 }
 OWN_TYPE = "train_gpt2"
+# The fields of GPTConfig that those formats have a place for; another one must be off, as its default, to use them.
 KNOWN_TO_THEM = set("n_layer n_head n_kv_head n_embd block_size dropout bias rope rmsnorm swiglu qk_norm window zero_init "
                     "vocab_size eot n_hidden head_dim rope_theta norm_eps tied".split())
 
@@ -651,8 +652,10 @@ def read_model_config(folder):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a model's config.json ({type(error).__name__}: {one_line(error)})") from None
     if kind == OWN_TYPE:
-        known = {f.name for f in fields(GPTConfig)}
-        return GPTConfig(**{k: v for k, v in theirs.items() if k in known}), None
+        values = {k: v for k, v in theirs.items() if k not in ("model_type", "tokenizer")}
+        if unknown := values.keys() - {f.name for f in fields(GPTConfig)}:
+            raise UserError(f"{path}: {min(unknown)} = {values[min(unknown)]!r} is a part that this script does not have")
+        return GPTConfig(**values), None
 
     def must_be(key, *allowed):
         if theirs.get(key, allowed[0]) not in allowed:
@@ -764,7 +767,8 @@ def open_model(name_or_folder, **overrides):
         return model, fineweb.get_tokenizer(name)
     if any((folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         tokenizer = fineweb.get_tokenizer(str(folder))
-        return model, fineweb.get_tokenizer("gpt2") if tokenizer.is_gpt2() else tokenizer
+        gpt2 = fineweb.get_tokenizer("gpt2") if tokenizer.vocab_size == 50257 else None
+        return model, gpt2 if gpt2 and tokenizer.equals(gpt2) else tokenizer
     if model.config.vocab_size == 50257:
         return model, fineweb.get_tokenizer("gpt2")
     raise UserError(f"{name_or_folder}: no tokenizer files beside the model; save its tokenizer there")
@@ -1180,11 +1184,14 @@ def read_state(folder, **how):
 
 
 def read_checkpoint(folder):
-    """A checkpoint's state and its model. Raises UserError naming what is damaged."""
+    """A checkpoint's state, model and tokenizer. Raises UserError naming what is damaged."""
     state = read_state(folder)
     model = GPT(state["model"])
     load_model_weights(model, Path(folder), describe_model(model.config)[1])
-    return state, model
+    name = state["config"]["tokenizer"]
+    tokenizer = fineweb.get_tokenizer(name if name in ("gpt2", "byte") else str(folder))
+    tokenizer.name = name
+    return state, model, tokenizer
 
 
 def run_folder(resume):
@@ -1194,7 +1201,7 @@ def run_folder(resume):
 
 
 def find_checkpoint(out_dir, resume, world):
-    """The folder, state and model to resume from: the one that `resume` names, or out_dir's newest good one; None if
+    """The folder, state, model and tokenizer to resume from: the one that `resume` names, or out_dir's newest good one; None if
     out_dir holds none."""
     if resume != "auto" and (Path(resume) / "train_state.pt").exists():
         return Path(resume).resolve(), *read_checkpoint(resume)
@@ -1359,7 +1366,7 @@ def open_for_tuning(config, given, shards):
 
 
 def restore(given, state, model, folder):
-    """Config and tokenizer of a run that is resumed: its own, but for the flags marked live."""
+    """The config of a run that is resumed: its own, but for the flags marked live."""
     config = TrainConfig(**state["config"])
     was = {**asdict(model.config), **asdict(config)}
     live = {f.name for f in fields(TrainConfig) if f.metadata.get("live")} | {"out_dir"}
@@ -1373,8 +1380,7 @@ def restore(given, state, model, folder):
     if "batch_size" not in given:
         config.batch_size = "auto"
     check(config)
-    known = config.tokenizer in ("gpt2", "byte")  # another one's files are in the checkpoint
-    return config, fineweb.get_tokenizer(config.tokenizer if known else str(folder))
+    return config
 
 
 def split_batch(config, model, world, dtype, previous):
@@ -1413,8 +1419,9 @@ def largest_batch(model, sizes, world, dtype):
                 model(x, x).backward()
             peaks.append(torch.cuda.max_memory_allocated())
             model.zero_grad(set_to_none=True)
-    except torch.OutOfMemoryError:
-        pass
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
     model.loss_chunks = chunks
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
@@ -1429,7 +1436,7 @@ def largest_batch(model, sizes, world, dtype):
 
 def is_out_of_memory(error):
     """CUDA's kind, or what MPS and the CPU raise for it."""
-    return isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|can't allocate memory", str(error))
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search("out of memory|can't allocate memory", str(error)))
 
 
 def out_of_memory(run):
@@ -1437,8 +1444,8 @@ def out_of_memory(run):
     size, config, run.ddp = run.batch_size, run.model.config, None
     for fitting in reversed([d for d in range(1, size) if (size * run.micro_steps) % d == 0 and d & (d - 1) == 0]):
         run.model.zero_grad(set_to_none=True)
-        if run.world.device_type == "cuda":
-            torch.cuda.empty_cache()
+        if run.world.device_type != "cpu":
+            getattr(torch, run.world.device_type).empty_cache()
         try:
             later = 2 * (run.step == 0) + run.world.distributed  # AdamW's moments, DDP's buckets
             held = [torch.empty_like(p) for p in run.model.parameters() for _ in range(later)]
@@ -1485,8 +1492,8 @@ class Run:
                 given, resume = {**given, "out_dir": str(home)}, "auto"
         found = self.find(given, resume)
         if found:
-            folder, state, self.model = found
-            self.config, self.tokenizer = restore(given, state, self.model, folder)
+            folder, state, self.model, self.tokenizer = found
+            self.config = restore(given, state, self.model, folder)
             self.config.out_dir = given.get("out_dir", str(folder.parent))
             newer = [p for p in list_checkpoints(self.config.out_dir) if int(p.name[5:]) > state["step"]]
             if resume != "auto" and newer:
@@ -1843,13 +1850,15 @@ def evaluate(argv):
     dtype = pick_dtype("auto", world.device_type)
     model, tokenizer = open_model(c.checkpoint)
     ours = (Path(c.checkpoint) / "train_state.pt").exists()
-    run = read_state(c.checkpoint, mmap=True)["config"] if ours else asdict(TrainConfig(data=default_data()))
-    data = c.data or run["data"]
+    run = TrainConfig(**read_state(c.checkpoint, mmap=True)["config"]) if ours else TrainConfig(data=default_data())
+    data, tokens = c.data or run.data, run.eval_tokens if c.eval_tokens is None else c.eval_tokens
+    if tokens < 1:
+        raise UserError(f"--eval_tokens {tokens}: must be at least 1")
     if not os.path.exists(data):
         raise UserError(f"--data {data}: no such file or folder")
     model.to(world.device)
     corpus = open_data(data, tokenizer, model.config.block_size)[1]
-    loss = validate(model, corpus, c.eval_tokens or run["eval_tokens"], max(1, 8192 // model.config.block_size), world, dtype)
+    loss = validate(model, corpus, tokens, max(1, 8192 // model.config.block_size), world, dtype)
     world.print(f"{data}: validation loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):,.3f}")
     try:
         score = score_hellaswag(model, hellaswag.load_examples(c.hellaswag_data), tokenizer, world, dtype)

@@ -234,10 +234,11 @@ def test_fine_tunes_openais_folder_on_shards(gpt2_shards, text_file, tmp_path):
     vocab["\u0120the"], vocab["\u0120a"] = vocab["\u0120a"], vocab["\u0120the"]
     path.write_text(json.dumps(words))
     assert "has its own" in refused("train_gpt2.py", *flags, "--data", gpt2_shards, "--out_dir", tmp_path / "other")
-    run("train_gpt2.py", *flags, "--data", text_file, "--out_dir", tmp_path / "other")
+    run("train_gpt2.py", *flags, "--max_steps", 2, "--checkpoint_every", 1, "--data", text_file, "--out_dir", tmp_path / "other")
     shutil.rmtree(tmp_path / "model")
-    run("train_gpt2.py", "--resume", "--max_steps", 2, "--out_dir", tmp_path / "other", "--device", "cpu")
-    assert len(losses(tmp_path / "other")) == 2
+    (tmp_path / "other/step_000002/tokenizer.json").write_text("{")
+    out, _ = run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "other", "--device", "cpu")
+    assert "not resumed from step_000002" in out and "at step 1\n" in out and len(losses(tmp_path / "other")) == 2
 
 
 def test_fine_tuning_takes_shape_and_tokenizer(tmp_path, text_file):
