@@ -193,22 +193,26 @@ def test_two_processes_equal_one(one_process, small_shards, tmp_path):
     close(tmp_path / "log", one_process)
 
 
-def test_a_signal_to_torchrun_saves_and_says_how_to_go_on(one_process, small_shards, tmp_path):
-    (tmp_path / "driver.py").write_text(f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import fineweb, train_gpt2\n"
+def test_a_signal_to_one_rank_stops_all_and_says_how_to_go_on(one_process, small_shards, tmp_path):
+    (tmp_path / "driver.py").write_text(f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import fineweb, train_gpt2\n"
                                         "step = train_gpt2.Run.train_step\n"
-                                        "train_gpt2.Run.train_step = lambda run: (time.sleep(0.3), step(run))[1]\n"
+                                        "def slow(run):\n"
+                                        f"    open({str(tmp_path)!r} + f'/{{run.world.rank}}.pid', 'w').write(str(os.getpid()))\n"
+                                        "    time.sleep(0.3)\n    return step(run)\n"
+                                        "train_gpt2.Run.train_step = slow\n"
                                         "fineweb.run_cli(train_gpt2.main)\n")
     process = start(tmp_path / "driver.py", *SMALL, "--max_steps", 30, "--eval_tokens", 1500, "--data", small_shards,
                     "--out_dir", tmp_path / "log", torchrun=2)
     wait_for(lambda: steps_logged(tmp_path / "log") >= 3, process)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    os.kill(int((tmp_path / "1.pid").read_text()), signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
     step = len(losses(tmp_path / "log"))
     assert (tmp_path / f"log/step_{step:06d}").is_dir() and step < 30
     last = out.strip().splitlines()[-1].split()
     assert last[:3] == ["torchrun", "--standalone", "--nproc_per_node=2"] and os.path.samefile(last[3], ROOT / "train_gpt2.py")
     assert last[4:] == ["--out_dir", str(tmp_path / "log"), "--resume"]
-    run("train_gpt2.py", *last[-3:], torchrun=last[1:3])
+    run("train_gpt2.py", *last[4:], "--device", "cpu", torchrun=last[1:3])
     close(tmp_path / "log", one_process)
 
 
@@ -409,14 +413,19 @@ def test_a_bad_shard_is_one_line_through_the_command_line(split, change, says, s
     assert f"edufineweb_{split}.npy" in line and says in line
 
 
-@pytest.mark.parametrize("error", ["torch.OutOfMemoryError('CUDA out of memory')", "RuntimeError('MPS backend out of memory')",
-                                   "RuntimeError('DefaultCPUAllocator: can\\'t allocate memory')"])
-def test_out_of_memory_names_the_batch_that_fits(error, small_shards, tmp_path):
+def test_out_of_memory_is_known_by_its_kind_or_its_words():
+    errors = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory (MPS allocated: 20 GB)"),
+              RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+    assert all(map(train_gpt2.is_out_of_memory, errors))
+    assert not train_gpt2.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_out_of_memory_names_the_batch_that_fits(small_shards, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, fineweb, train_gpt2\n"
                       "forward = train_gpt2.GPT.forward\n"
                       "def small(self, idx, targets=None):\n"
-                      f"    if idx.size(0) > 5:\n        raise {error}\n"
+                      "    if idx.size(0) > 5:\n        raise RuntimeError('MPS backend out of memory')\n"
                       "    return forward(self, idx, targets)\n"
                       "train_gpt2.GPT.forward = small\n"
                       "fineweb.run_cli(train_gpt2.main)\n")
