@@ -425,7 +425,7 @@ def test_out_of_memory_names_the_batch_that_fits(small_shards, tmp_path):
     driver.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, fineweb, train_gpt2\n"
                       "forward = train_gpt2.GPT.forward\n"
                       "def small(self, idx, targets=None):\n"
-                      "    if idx.size(0) > 5:\n        raise RuntimeError('MPS backend out of memory')\n"
+                      "    if idx.size(0) > 5:\n        raise torch.OutOfMemoryError('CUDA out of memory')\n"
                       "    return forward(self, idx, targets)\n"
                       "train_gpt2.GPT.forward = small\n"
                       "fineweb.run_cli(train_gpt2.main)\n")

@@ -252,6 +252,7 @@ def test_a_part_that_is_added_survives_a_checkpoint(tmp_path):
     assert "only this script" in out
     loss = log_lines(tmp_path / "log", "val")[-1]["loss"]
     out, _ = run(tmp_path / "train_gpt2.py", "eval", "--checkpoint", tmp_path / "log/latest", "--device", "cpu",
+                 "--data", ROOT / "input.txt", "--eval_tokens", 2048,
                  env={"HF_DATASETS_OFFLINE": "1"})
     assert float(re.search(r"validation loss ([\d.]+)", out)[1]) == pytest.approx(loss, abs=5e-3)
     with pytest.raises(train_gpt2.UserError, match="relu2 = True is a part that this script does not have"):

@@ -52,6 +52,7 @@ def test_tiny_learns_and_everything_around_it_works(tmp_path):
     assert "HellaSwag is left out" in out
     loss, perplexity = map(float, re.search(r"validation loss ([\d.]+) nats a token, perplexity ([\d.]+)", out).groups())
     assert loss == pytest.approx(vals[2], abs=1e-3) and perplexity == pytest.approx(math.exp(vals[2]), abs=0.02)
+    assert "--eval_tokens 0" in refused("train_gpt2.py", "eval", "--checkpoint", tmp_path / "log/latest", "--eval_tokens", 0)
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "train_state.pt"):
         assert (tmp_path / "log/latest" / name).exists()
 
