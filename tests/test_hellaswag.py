@@ -101,24 +101,23 @@ def randomize(model, std):
 
 @functools.cache
 def build(kind):
-    from transformers import (BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM,
-                              GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
-                              Qwen3Config, Qwen3ForCausalLM)
+    import transformers as hf  # each model's code is loaded when it is named
 
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                  vocab_size=VOCAB, max_position_embeddings=128, bos_token_id=0, eos_token_id=0)
     own = dict(n_layer=2, n_head=4, n_embd=64, block_size=128, vocab_size=VOCAB)
     model = {
-        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=4, n_embd=64, n_positions=128, vocab_size=VOCAB)),
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes)),
-        "mistral": lambda: MistralForCausalLM(MistralConfig(**sizes, sliding_window=24)),
-        "bloom": lambda: BloomForCausalLM(BloomConfig(n_layer=2, n_head=4, hidden_size=64, vocab_size=VOCAB,
-                                                       max_position_embeddings=128)),
-        "granite": lambda: GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=0.5)),
-        "neo": lambda: GPTNeoForCausalLM(GPTNeoConfig(hidden_size=64, num_layers=2, num_heads=4, vocab_size=VOCAB, window_size=24,
-                                                      attention_types=[[["global", "local"], 1]], max_position_embeddings=128)),
-        "mixed": lambda: Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16, use_sliding_window=True, sliding_window=24,
-                                                      max_window_layers=1)),
+        "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=2, n_head=4, n_embd=64, n_positions=128, vocab_size=VOCAB)),
+        "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)),
+        "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**sizes, sliding_window=24)),
+        "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(n_layer=2, n_head=4, hidden_size=64, vocab_size=VOCAB,
+                                                            max_position_embeddings=128)),
+        "granite": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**sizes, logits_scaling=0.5)),
+        "neo": lambda: hf.GPTNeoForCausalLM(hf.GPTNeoConfig(hidden_size=64, num_layers=2, num_heads=4, vocab_size=VOCAB,
+                                                            attention_types=[[["global", "local"], 1]], window_size=24,
+                                                            max_position_embeddings=128)),
+        "mixed": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**sizes, head_dim=16, use_sliding_window=True, sliding_window=24,
+                                                            max_window_layers=1)),
         "ours": lambda: GPT(GPTConfig(**own)),
         "ours-window": lambda: GPT(GPTConfig(**own, window=24)),
     }[kind]()
