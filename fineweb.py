@@ -632,7 +632,7 @@ class LocalFiles:
 
 class HubDataset:
     """The documents of a data set that Hugging Face `datasets` opens. A place is [0, row, character]; when streaming, a
-    state lets `datasets` find the row without reading what lies before it."""
+    state lets `datasets` find the row without reading the files before its own."""
 
     def __init__(self, config):
         import datasets

@@ -63,7 +63,7 @@ def check_example(example, where):
 
 
 def load_examples(path=None, limit=0):
-    """The first `limit` examples (0: all) of a .jsonl file as its authors publish it, or of the validation split of
+    """The first `limit` examples (0: all) of a .jsonl file with its authors' fields, or of the validation split of
     Rowan/hellaswag (10,042 examples, downloaded once). Raises UserError that names the file and the line."""
     examples = []
     if path is None:
@@ -74,8 +74,9 @@ def load_examples(path=None, limit=0):
             rows = datasets.load_dataset("Rowan/hellaswag", split="validation")
         except Exception as error:  # no network, no hub, no space left: too many types to list
             reason = str(error).strip().split("\n")[0]
-            raise UserError(f"HellaSwag was not downloaded ({reason}); give a local file: hellaswag_val.jsonl from "
-                            "https://github.com/rowanz/hellaswag/tree/master/data") from error
+            raise UserError(f"HellaSwag was not downloaded ({reason}); give a local file, made where there is a network by: "
+                            "python -c \"import datasets; datasets.load_dataset('Rowan/hellaswag', split='validation')"
+                            ".to_json('hellaswag_val.jsonl')\"") from error
         rows = rows.select(range(min(limit or len(rows), len(rows))))
         return [check_example(row, f"Rowan/hellaswag, example {i}") for i, row in enumerate(rows)]
     try:
@@ -110,7 +111,8 @@ def render(example, encode, style):
     TemplateLM._encode_pair and the multiple_choice part of ConfigurableTask."""
     if style == "completion":
         context = encode(example["ctx"])
-        endings = [encode(" " + ending) for ending in example["endings"]]
+        space = "" if encode("x x") == 2 * encode("x") else " "  # Llama 2's kind of tokenizer puts one before any text
+        endings = [encode(space + ending) for ending in example["endings"]]
         return context, endings, [len(ending) for ending in endings]
     text = clean(f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}")
     cleaned = [clean(ending) for ending in example["endings"]]
@@ -343,7 +345,7 @@ def evaluate(model, examples, encode, style="completion", device=None, progress=
 @dataclass
 class Flags:
     model: str = flag("gpt2", "a Hugging Face causal LM, or a folder that holds one", metavar="NAME_OR_FOLDER")
-    data: str | None = flag(None, "examples as the authors publish them; downloaded if not given", metavar="FILE.jsonl")
+    data: str | None = flag(None, "examples with the fields of Rowan/hellaswag; downloaded if not given", metavar="FILE.jsonl")
     style: str = flag("completion", "whose way of counting: build-nanogpt's or lm-evaluation-harness's", choices=STYLES)
     limit: int = flag(0, "only so many of the first examples; 0 means all")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")

@@ -632,7 +632,7 @@ def model_folder(name_or_folder):
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name_or_folder), allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
+        return Path(snapshot_download(str(name_or_folder), allow_patterns=["*.json", "model*.safetensors", "merges.txt"]))
     except Exception as error:  # the hub's many: no network, no such name, gated, ...
         raise UserError(f"{name_or_folder}: no such folder, and it could not be downloaded from the Hugging Face hub "
                         f"({one_line(error)})") from None
@@ -724,7 +724,7 @@ def load_model_weights(model, folder, names):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors"))  # Mistral's repositories hold the same under another name too
     if not files:
         raise UserError(f"{folder}: no model.safetensors; open the model in Transformers and save it again")
     tensors = {}
@@ -1121,6 +1121,20 @@ def sample_texts(model, tokenizer, prompt, count, max_new_tokens, world, dtype, 
     with autocast(world.device_type, dtype), uncompiled():
         rows = model.generate(idx, max_new_tokens, temperature=0.8, generator=generator).tolist()
     return [tokenizer.decode(row[:row.index(tokenizer.eot, 1)] if tokenizer.eot in row[1:] else row) for row in rows]
+
+
+def open_hellaswag(path, world):
+    """The examples; without a path, None on every rank if one of them cannot download them."""
+    examples = problem = None
+    try:
+        examples = hellaswag.load_examples(path)
+    except UserError as error:
+        if path:
+            raise
+        problem = error
+    if world.min(int(problem is None)):
+        return examples
+    world.print(f"HellaSwag is left out: {problem or 'another process could not read it'}")
 
 
 def score_hellaswag(model, examples, tokenizer, world, dtype):
@@ -1525,7 +1539,7 @@ class Run:
         if state:
             self.load_state_dict(state)
         self.log = RunLog(world, config, self.step, {"run_id": self.run_id, **asdict(config), **asdict(self.model.config)})
-        self.examples = self.open_hellaswag() if config.hellaswag_every else None
+        self.examples = open_hellaswag(config.hellaswag_data, self.world) if config.hellaswag_every else None
         self.describe(notes)
 
     def find(self, given, resume):
@@ -1552,19 +1566,6 @@ class Run:
         if wanted:
             self.model.compile()
         return wanted
-
-    def open_hellaswag(self):
-        """The examples, or None on every rank if one of them has none."""
-        examples = problem = None
-        try:
-            examples = hellaswag.load_examples(self.config.hellaswag_data)
-        except UserError as error:
-            if self.config.hellaswag_data:
-                raise
-            problem = error
-        if self.world.min(int(problem is None)):
-            return examples
-        self.world.print(f"HellaSwag is left out: {problem or 'another process could not read it'}")
 
     def describe(self, notes):
         c, w, T = self.config, self.world, self.model.config.block_size
@@ -1832,7 +1833,7 @@ def sample(argv):
     generator = torch.Generator(device).manual_seed(c.seed)
     for i in range(c.num_samples):
         print(c.prompt.lstrip("\n") if i == 0 else "\n---\n" + c.prompt.lstrip("\n"), end="", flush=True)
-        ids, shown = [], ""
+        ids, shown = prompt[0].tolist(), tokenizer.decode(prompt[0].tolist())  # some decoders drop a text's first space
         for token in model.stream(prompt, c.max_new_tokens, c.temperature, c.top_k, generator):
             if token.item() == model.config.eot:
                 break
@@ -1860,13 +1861,9 @@ def evaluate(argv):
     corpus = open_data(data, tokenizer, model.config.block_size)[1]
     loss = validate(model, corpus, tokens, max(1, 8192 // model.config.block_size), world, dtype)
     world.print(f"{data}: validation loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):,.3f}")
-    try:
-        score = score_hellaswag(model, hellaswag.load_examples(c.hellaswag_data), tokenizer, world, dtype)
+    if examples := open_hellaswag(c.hellaswag_data, world):
+        score = score_hellaswag(model, examples, tokenizer, world, dtype)
         world.print(f"HellaSwag: acc {score['acc']:.2%}, acc_norm {score['acc_norm']:.2%} of {score['n']:,}")
-    except UserError as error:
-        if c.hellaswag_data:
-            raise
-        world.print(f"HellaSwag is left out: {error}")
     world.close()
 
 

@@ -167,6 +167,21 @@ def write_shards(folder, ids, special):
     return folder
 
 
+def save_llama2_tokenizer(folder, words):
+    """Files of a tokenizer as Llama 2's: it puts a space before any text, and drops a text's first space again."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    vocab = {token: i for i, token in enumerate(["<unk>", "</s>", "\u2581", *("\u2581" + word for word in words)])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>",
+                                                              "unk_token": "<unk>"}))
+    return len(vocab)
+
+
 @pytest.fixture(scope="session")
 def gpt2_shards(tmp_path_factory):
     """Short shards of GPT-2 tokens as other people's scripts write them: no manifest."""

@@ -384,6 +384,17 @@ def test_any_ranks_error_ends_all_with_its_message(small_shards, tmp_path):
     assert err.count("error: shard 7 is damaged") == 1 and "Traceback (most recent call last):\n  File \"%s" % ROOT not in err
 
 
+def test_eval_leaves_hellaswag_out_on_all_ranks(one_process, tmp_path):
+    (tmp_path / "driver.py").write_text(f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb, hellaswag, train_gpt2\n"
+                                        "def load(path):\n"
+                                        "    if os.environ['RANK'] == '1':\n        raise fineweb.UserError('no network')\n"
+                                        "    return [{}]\n"
+                                        "hellaswag.load_examples = load\n"
+                                        "fineweb.run_cli(train_gpt2.main)\n")
+    out, _ = run(tmp_path / "driver.py", "eval", "--checkpoint", one_process / "latest", "--device", "cpu", torchrun=2)
+    assert "HellaSwag is left out: another process could not read it" in out
+
+
 def test_bad_flags_under_torchrun_are_said_once(tmp_path):
     _, err = run("train_gpt2.py", "--max_stepz", 3, torchrun=2, expect=None)
     assert err.count("--max_stepz") == 1

@@ -804,13 +804,12 @@ def test_datasets_streaming_or_not(tmp_path):
     assert contents_of_shards(tmp_path / "kept") == contents_of_shards(tmp_path / "streamed")
     manifest = fineweb.read_manifest(tmp_path / "streamed")
     assert manifest["dataset"] == f"{hub} train" and manifest["settings"]["name"] is None
-    for last in (2, 7):  # killed after these shards: a state of `datasets` finds the place
-        out = tmp_path / f"resumed{last}"
-        shutil.copytree(tmp_path / "streamed", out)
+    shutil.copytree(tmp_path / "streamed", tmp_path / "resumed")
+    for last in (2, 7):  # killed after these shards, the second time in the resumed run: a state of `datasets` finds the place
         for shard in manifest["shards"][last + 1:]:
-            os.remove(out / shard["name"])
-        build(out, dataset=str(hub), shard_size=10_000)
-        assert contents_of_shards(out) == contents_of_shards(tmp_path / "streamed")
+            os.remove(tmp_path / "resumed" / shard["name"])
+        build(tmp_path / "resumed", dataset=str(hub), shard_size=10_000)
+        assert contents_of_shards(tmp_path / "resumed") == contents_of_shards(tmp_path / "streamed")
     assert manifest["shards"][7]["end"]["state"]["row"] > 0
     build(tmp_path / "test", dataset=str(hub), split="test", text_field="url")
     assert np.array_equal(stream(tmp_path / "test"), expected_stream([f"https://example.org/{i}" for i in range(20)]))

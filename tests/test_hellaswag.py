@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import fineweb
 import hellaswag
-from conftest import refused, run
+from conftest import refused, run, save_llama2_tokenizer
 from train_gpt2 import GPT, GPTConfig
 
 WORDS = ("the a man woman boy dog is are was then and with into over across holding shows throws water paint snow "
@@ -286,8 +286,10 @@ def test_the_hubs_format_and_the_limit(tmp_path, monkeypatch):
     assert hellaswag.load_examples() == hellaswag.load_examples(str(path))
     assert hellaswag.load_examples(limit=3) == hellaswag.load_examples(str(path), limit=3) == hellaswag.load_examples()[:3]
     assert asked[0] == (("Rowan/hellaswag",), {"split": "validation"})
+    datasets.Dataset.from_list(rows).to_json(str(tmp_path / "hub.jsonl"))  # what the error below says to do
+    assert hellaswag.load_examples(str(tmp_path / "hub.jsonl")) == hellaswag.load_examples()
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no\nnetwork")))
-    with pytest.raises(fineweb.UserError, match="HellaSwag was not downloaded .*local file"):
+    with pytest.raises(fineweb.UserError, match="HellaSwag was not downloaded .*local file.*to_json"):
         hellaswag.load_examples()
 
 
@@ -320,6 +322,17 @@ def test_cleaning_is_the_harness_own():
     assert bytes(endings[0]).decode() == "  Dive in.. Rest." and lengths[0] == len(" Dive in.. Rest.")
     context, endings, lengths = hellaswag.render(example, spelled, "completion")
     assert bytes(context).decode() == "x" and bytes(endings[1]).decode() == " b" and lengths[1] == 2
+
+
+def test_endings_follow_their_context_by_one_space(tmp_path):
+    """Also where the tokenizer puts a space before any text by itself: the tokens are those of the whole text."""
+    save_llama2_tokenizer(tmp_path, ["the", "man", "runs", "home"])
+    example = {"ctx": "the man", "endings": ["runs home", "runs", "home", "the man runs"]}
+    for name in (str(tmp_path), "gpt2", "byte"):
+        encode = fineweb.get_tokenizer(name).encode
+        context, endings, _ = hellaswag.render(example, encode, "completion")
+        for ids, ending in zip(endings, example["endings"]):
+            assert context + ids == encode("the man " + ending)
 
 
 # -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llam
 
 import fineweb
 import train_gpt2
-from conftest import ROOT, SMALL, log_lines, run
+from conftest import ROOT, SMALL, log_lines, run, save_llama2_tokenizer
 from test_model import randomise, relative
 from train_gpt2 import GPT, GPTConfig, WindowAttention, full_attention
 
@@ -211,6 +211,28 @@ def test_opens_what_transformers_wrote(case, tmp_path):
         expected = theirs.generate(idx[:1, :5], attention_mask=torch.ones(1, 5), max_new_tokens=30, do_sample=False, pad_token_id=0)
     made = ours.generate(idx[:1, :5], 30, temperature=0)
     assert torch.equal(made[:, :expected.size(1)], expected)
+
+
+def test_opens_shards_of_weights_beside_others(tmp_path):
+    """As Mistral's repositories are: Transformers' files, and the same weights once more under other names."""
+    from safetensors.torch import save_file
+    theirs = randomise(MistralForCausalLM(MistralConfig(**COMMON)))
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    save_file({"layers.0.attention.wk.weight": torch.zeros(2, 2)}, tmp_path / "consolidated.safetensors")
+    idx = torch.randint(0, 91, (1, 20))
+    assert relative(GPT.from_pretrained(tmp_path)(idx), theirs(idx).logits) < 1e-4
+
+
+def test_samples_keep_the_space_after_the_prompt(tmp_path):
+    """Some decoders drop the first space of what they are given."""
+    words = "the man runs home and sees it".split()
+    size = save_llama2_tokenizer(tmp_path, words)
+    randomise(LlamaForCausalLM(LlamaConfig(**{**COMMON, "vocab_size": size, "eos_token_id": 1}))).save_pretrained(tmp_path)
+    out, _ = run("train_gpt2.py", "sample", "--checkpoint", tmp_path, "--prompt", "the man", "--max_new_tokens", 6, "--device", "cpu")
+    prompt, made = torch.tensor([[3, 4]]), train_gpt2.GPT.from_pretrained(tmp_path)
+    ids = made.generate(prompt, 6, 0.8, 50, torch.Generator().manual_seed(42))[0].tolist()
+    assert out == AutoTokenizer.from_pretrained(tmp_path).decode(ids[:ids.index(1)] if 1 in ids else ids) + "\n" and len(out) > 9
 
 
 @pytest.mark.parametrize("make,says", [
