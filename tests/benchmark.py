@@ -177,7 +177,8 @@ def training_speed(device, batch_size, accumulation=1, steps=3, dtype="float32",
         torch._functorch.config.ban_recompute_materialized_backward = not recompute
     optimizers = make_optimizers(model, TrainConfig(), device.split(":")[0])
     if optimizer == "loop":
-        optimizers = [torch.optim.AdamW(o.param_groups, lr=6e-4, betas=(0.9, 0.95), foreach=False) for o in optimizers]
+        groups = [{key: group[key] for key in ("params", "weight_decay")} for o in optimizers for group in o.param_groups]
+        optimizers = [torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), foreach=False, fused=False)]
     T = shape["block_size"]
     batches = torch.randint(0, 50257, (accumulation, 2, batch_size, T), device=device)
 
