@@ -1036,6 +1036,8 @@ def pick_device(device, local_rank):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
         raise UserError(f"--device {device}: not one of auto, cpu, cuda, cuda:N, mps")
+    if device.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise UserError(f"--device {device}: for one process; the processes of torchrun take one device each with --device cuda")
     if device == "cuda":
         device = f"cuda:{local_rank}"
     if device.startswith("cuda") and int(device[5:]) >= torch.cuda.device_count():
@@ -1083,7 +1085,7 @@ def peak_flops(device_type):
     """Of one device, or None where it is unknown."""
     name = torch.cuda.get_device_name() if device_type == "cuda" else ""
     return next((flops for chip, flops in PEAK_FLOPS.items()
-                 if re.search(rf"\b{chip}\b(?! Ti| SUPER| D| Laptop)", name)), None)
+                 if re.search(rf"\b{chip}\b(?! Ti| SUPER| D| Laptop|.* MIG)", name)), None)
 
 # -----------------------------------------------------------------------------
 # evaluation and samples
@@ -1421,29 +1423,39 @@ def split_batch(config, model, world, dtype, previous):
     return size, sequences // size
 
 
+def micro_step(model, size, world, dtype):
+    """A forward and a backward pass of so many sequences, with gradients held, as after a first micro-step."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    x = torch.zeros(size, model.config.block_size, dtype=torch.long, device=world.device)
+    with autocast(world.device_type, dtype), uncompiled():
+        model(x, x).backward()
+
+
 def largest_batch(model, sizes, world, dtype):
-    """The largest of the sizes that fits on the GPU, from what micro-steps of one and of two sequences take."""
-    peaks, chunks = [], model.loss_chunks
-    try:
-        for size in (1, 2) if max(sizes) > 1 else ():
-            model.loss_chunks = chunks or size  # of one length: the logits are no cost per sequence
-            x = torch.zeros(size, model.config.block_size, dtype=torch.long, device=world.device)
-            torch.cuda.reset_peak_memory_stats()
-            with autocast(world.device_type, dtype):
-                model(x, x).backward()
-            peaks.append(torch.cuda.max_memory_allocated())
-            model.zero_grad(set_to_none=True)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
+    """The largest of the sizes that fits on the GPU, from what micro-steps of a few and of twice as many sequences take:
+    enough of them that their activations outweigh what a backward pass needs for any."""
+    few, peaks, chunks = min(max(1, 4096 // model.config.block_size), max(sizes) // 2), [], model.loss_chunks
+    while few and len(peaks) < 2:
+        peaks = []
+        try:
+            for size in (few, 2 * few):
+                model.loss_chunks = chunks or 4 * size // few  # of one length: the logits are no cost per sequence
+                torch.cuda.reset_peak_memory_stats()
+                micro_step(model, size, world, dtype)
+                peaks.append(torch.cuda.max_memory_allocated())
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            few //= 2
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
     model.loss_chunks = chunks
-    model.zero_grad(set_to_none=True)
-    torch.cuda.empty_cache()
     largest = 1
-    if len(peaks) == 2:
+    if few:
         free, used = torch.cuda.mem_get_info()[0], torch.cuda.memory_allocated()
-        per_sequence, later = peaks[1] - peaks[0], (2 + world.distributed) * used  # AdamW's moments, DDP's buckets
-        room = 0.92 * (free + used) - later - (peaks[0] - per_sequence)
+        per_sequence, later = (peaks[1] - peaks[0]) / few, (2 + world.distributed) * used  # AdamW's moments, DDP's buckets
+        room = 0.92 * (free + used) - later - (2 * peaks[0] - peaks[1])
         largest = max([size for size in sizes if size * per_sequence <= room], default=1)
     return world.min(largest)  # the same on all ranks
 
@@ -1455,7 +1467,7 @@ def is_out_of_memory(error):
 
 def out_of_memory(run):
     """The error for a run whose micro-step did not fit, naming a batch that does: tried, smaller and smaller."""
-    size, config, run.ddp = run.batch_size, run.model.config, None
+    size, run.ddp = run.batch_size, None
     for fitting in reversed([d for d in range(1, size) if (size * run.micro_steps) % d == 0 and d & (d - 1) == 0]):
         run.model.zero_grad(set_to_none=True)
         if run.world.device_type != "cpu":
@@ -1463,9 +1475,7 @@ def out_of_memory(run):
         try:
             later = 2 * (run.step == 0) + run.world.distributed  # AdamW's moments, DDP's buckets
             held = [torch.empty_like(p) for p in run.model.parameters() for _ in range(later)]
-            x = torch.zeros(fitting, config.block_size, dtype=torch.long, device=run.world.device)
-            with autocast(run.world.device_type, run.dtype), uncompiled():
-                run.model(x, x).backward()
+            micro_step(run.model, fitting, run.world, run.dtype)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -1768,11 +1778,12 @@ def newest(out_dir):
 
 
 def saved_device(given):
-    """The --device of the run that is resumed."""
+    """The --device of the run that is resumed, perhaps on another number of devices."""
     resume = given.get("resume")
     folder = run_folder(resume) if resume not in (None, "auto") else Path(given.get("out_dir", TrainConfig.out_dir))
     lines = read_log(folder / "log.jsonl") if resume and (folder / "log.jsonl").exists() else []
-    return lines[0].get("device", "auto") if lines else "auto"
+    device = lines[0].get("device", "auto") if lines else "auto"
+    return device.split(":")[0] if "RANK" in os.environ else device
 
 
 def train(argv):

@@ -5,9 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fineweb
 import train_gpt2
@@ -95,6 +100,75 @@ def test_validation_is_the_mean_over_a_fixed_set_of_tokens(small_shards):
     for batch_size in (1, 7, 64):
         found = train_gpt2.validate(model, corpus, 50 * 32, batch_size, world, torch.float32)
         assert found == pytest.approx(expected, abs=1e-5)
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of the tensors that live, as a GPU's allocator does, up to a limit."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.limit, self.live, self.peak, self.known = limit, 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage._cdata)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+        if self.live > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    def free(self, key, size):
+        self.known.remove(key)
+        self.live -= size
+
+
+@pytest.mark.parametrize("shape, gigabytes", [({"n_layer": 6}, 16), ({"n_layer": 6}, 3), ({"n_layer": 6, "block_size": 64}, 16),
+                                              ({"n_layer": 8, "n_head": 25, "n_embd": 1600}, 24)])
+def test_auto_batch_fits(shape, gigabytes, monkeypatch):
+    """In tensors without contents, whose sizes are counted."""
+    memory, sizes = Memory(gigabytes * 2**30), [2**i for i in range(12)]
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: setattr(memory, "peak", memory.live))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: memory.peak)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: memory.live)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (memory.limit - memory.live, memory.limit))
+    world = SimpleNamespace(device="cpu", device_type="cpu", distributed=True, min=lambda value: value)
+    with FakeTensorMode(), memory:
+        model = GPT(GPTConfig(**shape))
+        parameters = memory.live
+        found = train_gpt2.largest_batch(model, sizes, world, torch.bfloat16)
+        assert model.loss_chunks == 0 and all(p.grad is None for p in model.parameters())
+
+        def needed(size):
+            """With AdamW's moments and DDP's buckets."""
+            model.zero_grad(set_to_none=True)
+            memory.peak, memory.limit = memory.live, math.inf
+            train_gpt2.micro_step(model, size, world, torch.bfloat16)
+            return memory.peak + 3 * parameters
+        assert needed(found) < gigabytes * 2**30 < needed(4 * found)
+
+
+def test_each_process_of_torchrun_has_its_own_device(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert train_gpt2.pick_device("cuda", 3) == "cuda:3" and train_gpt2.pick_device("cuda:5", 0) == "cuda:5"
+    (tmp_path / "log.jsonl").write_text('{"kind": "config", "device": "cuda:1"}\n')
+    resumed = {"resume": "auto", "out_dir": str(tmp_path)}
+    assert train_gpt2.saved_device(resumed) == "cuda:1"
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert train_gpt2.saved_device(resumed) == "cuda"
+    with pytest.raises(train_gpt2.UserError, match="--device cuda:1: .*one device each with --device cuda"):
+        train_gpt2.pick_device("cuda:1", 3)
+
+
+def test_a_part_of_a_chip_has_no_known_peak(monkeypatch):
+    for name, peak in [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None), ("NVIDIA A100-SXM4-40GB", 312e12)]:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+        assert train_gpt2.peak_flops("cuda") == peak
 
 
 def test_schedules_against_their_formulas():
