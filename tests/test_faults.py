@@ -159,12 +159,15 @@ def test_a_second_signal_stops_at_once(small_shards, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import fineweb, train_gpt2\n"
                       "slow = train_gpt2.Run.train_step\n"
-                      "def step(run):\n    print('in a step', flush=True); time.sleep(600)\n"
+                      "def step(run):\n    print('in a step', flush=True)\n"
+                      "    while not run.stop.at:\n        time.sleep(0.01)\n"
+                      "    print('asked to stop', flush=True); time.sleep(600)\n"
                       "train_gpt2.Run.train_step = step\n"
                       "fineweb.run_cli(train_gpt2.main)\n")
     process = start(driver, *LONG, "--data", small_shards, "--out_dir", tmp_path / "log")
     wait_for(lambda: "in a step" in process.output()[0], process)
     process.send_signal(signal.SIGINT)
+    wait_for(lambda: "asked to stop" in process.output()[0], process)  # else the kernel may make one of two
     time.sleep(0.2)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
