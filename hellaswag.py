@@ -10,25 +10,27 @@ The benchmark: Zellers et al. 2019, https://arxiv.org/abs/1905.07830. Two ways o
               acc: least summed loss; acc_norm: least loss per token of the ending. GPT-2 124M: 28.59 / 29.55
   harness     lm-evaluation-harness's: activity label, cleaned text, context and ending tokenized as one.
               acc: least summed loss; acc_norm: least loss per character of the ending. GPT-2 124M: 28.92 / 31.14
-The last line printed is one JSON object.
+The last line printed is one JSON object. train_gpt2.py also takes from here how a device and a dtype are picked.
 """
 
-import contextlib
-import inspect
+import functools
 import json
 import logging
-import math
 import os
 import random
 import re
 import time
 from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
-from fineweb import UserError, flag, get_tokenizer, parse_flags, run_cli
+from fineweb import UserError, one_line, parse_flags, run_cli
 
 STYLES = ("completion", "harness")
 
@@ -37,63 +39,54 @@ STYLES = ("completion", "harness")
 # the data
 
 def check_example(example, where):
-    """`example` reduced to the fields that are used, its label an int. Raises UserError that begins with `where`."""
-    def refuse(problem):
-        raise UserError(f"{where}: {problem}; an example is a JSON object with ctx, ctx_a, ctx_b, activity_label, "
-                        "four endings and a label from 0 to 3")
-    if not isinstance(example, dict):
-        refuse("not an object")
+    """The example with its label as an int. Raises UserError that begins with `where` if it is not one."""
+    def require(condition, problem):
+        if not condition:
+            raise UserError(f"{where}: {problem}; an example is a JSON object with ctx, ctx_a, ctx_b, activity_label, "
+                            "four endings and a label from 0 to 3")
     for name in ("ctx", "ctx_a", "ctx_b", "activity_label"):
-        if not isinstance(example.get(name), str):
-            refuse(f"no text in {name!r}")
-    if not example["ctx"].strip():
-        refuse("empty 'ctx'")
-    endings, label = example.get("endings"), example.get("label")
-    if not isinstance(endings, list) or len(endings) != 4:
-        refuse(f"{len(endings)} endings" if isinstance(endings, list) else "no list in 'endings'")
-    for i, ending in enumerate(endings):
-        if not isinstance(ending, str) or not ending.strip():
-            refuse(f"ending {i} is {'empty' if isinstance(ending, str) else 'not text'}")
-    if label in (None, ""):
-        refuse("no label (the test split has none)")
-    if str(label) not in ("0", "1", "2", "3"):  # the hub's copy holds the label as text
-        refuse(f"label {label!r}")
-    fields = {name: example[name] for name in ("ctx", "ctx_a", "ctx_b", "activity_label", "endings")}
-    return {**fields, "label": int(label)}
+        require(isinstance(example, dict) and isinstance(example.get(name), str), f"no text in {name!r}")
+    endings = example.get("endings")
+    require(isinstance(endings, list) and len(endings) == 4, "not four 'endings'")
+    for text in [example["ctx"], *endings]:
+        require(isinstance(text, str) and text.strip(), "'ctx' or an ending is empty or not text")
+    label = example.get("label")  # the test split has none; the hub's copy holds it as text
+    require(str(label) in ("0", "1", "2", "3"), f"label {label!r}")
+    return {**example, "label": int(label)}
 
 
-def load_examples(path=None, limit=0):
-    """The first `limit` examples (0: all) of a .jsonl file with its authors' fields, or of the validation split of
-    Rowan/hellaswag (10,042 examples, downloaded once). Raises UserError that names the file and the line."""
-    examples = []
-    if path is None:
-        import datasets
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would tear a progress bar
-
-        try:
-            rows = datasets.load_dataset("Rowan/hellaswag", split="validation")
-        except Exception as error:  # no network, no hub, no space left: too many types to list
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"HellaSwag was not downloaded ({reason}); give a local file, made where there is a network by: "
-                            "python -c \"import datasets; datasets.load_dataset('Rowan/hellaswag', split='validation')"
-                            ".to_json('hellaswag_val.jsonl')\"") from error
-        rows = rows.select(range(min(limit or len(rows), len(rows))))
-        return [check_example(row, f"Rowan/hellaswag, example {i}") for i, row in enumerate(rows)]
+def read_lines(path):
+    """Yields (example, where it stands) for the lines of a .jsonl file that are not blank."""
     try:
         with open(path, "rb") as f:
             for number, line in enumerate(f, 1):
-                where = f"{path}, line {number}"
-                if limit and len(examples) == limit:
-                    break
-                if not line.strip():
-                    continue
-                try:
-                    example = json.loads(line)
-                except ValueError as error:  # bad JSON or bad UTF-8
-                    raise UserError(f"{where}: not JSON ({error}); one object a line is expected") from None
-                examples.append(check_example(example, where))
+                if line.strip():
+                    yield json.loads(line), f"{path}, line {number}"
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a .jsonl file, or none to download the set") from None
+    except ValueError as error:  # bad JSON or bad UTF-8
+        raise UserError(f"{path}, line {number}: not JSON ({error}); one object a line is expected") from None
+
+
+def download():
+    """Yields (example, where it stands) for the validation split of Rowan/hellaswag, which is downloaded once."""
+    import datasets
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # warnings of its retries would tear a progress bar
+    try:
+        rows = datasets.load_dataset("Rowan/hellaswag", split="validation")
+    except Exception as error:  # no network, no hub, no space left: too many types to list
+        raise UserError(f"HellaSwag was not downloaded ({one_line(error)}); give a local file, made where there is a "
+                        "network by: python -c \"import datasets; datasets.load_dataset('Rowan/hellaswag', "
+                        "split='validation').to_json('hellaswag_val.jsonl')\"") from error
+    for i, row in enumerate(rows):
+        yield row, f"Rowan/hellaswag, example {i}"
+
+
+def load_examples(path=None, limit=0):
+    """The first `limit` examples (0: all) of a .jsonl file with its authors' fields; without one, of the validation
+    split (10,042 examples). Raises UserError that names the file and the line."""
+    rows = read_lines(path) if path else download()
+    examples = [check_example(example, where) for example, where in islice(rows, limit or None)]
     if not examples:
         raise UserError(f"{path}: no examples in it")
     return examples
@@ -111,13 +104,12 @@ def render(example, encode, style):
     TemplateLM._encode_pair and the multiple_choice part of ConfigurableTask."""
     if style == "completion":
         context = encode(example["ctx"])
-        space = "" if encode("x x") == 2 * encode("x") else " "  # Llama 2's kind of tokenizer puts one before any text
-        endings = [encode(space + ending) for ending in example["endings"]]
+        adds_space = encode("x x") == 2 * encode("x")  # Llama 2's kind of tokenizer puts a space before any text
+        endings = [encode(ending if adds_space else " " + ending) for ending in example["endings"]]
         return context, endings, [len(ending) for ending in endings]
     text = clean(f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}")
     cleaned = [clean(ending) for ending in example["endings"]]
-    bare = text.rstrip()  # spaces at the end of the context are tokenized with the ending
-    context = encode(bare)
+    context = encode(text.rstrip())  # spaces at the end of the context are tokenized with the ending
     # What follows len(context) tokens of the whole is the ending, also where the whole is split differently.
     endings = [encode(f"{text} {ending}")[len(context):] for ending in cleaned]
     return context, endings, [len(ending) for ending in cleaned]
@@ -125,218 +117,234 @@ def render(example, encode, style):
 
 # -----------------------------------------------------------------------------
 # an example as rows of tokens
+# The four texts of an example begin with the same context. Packed in one row, it is read once instead of four times:
+#
+#   ids        The man | runs home | sings a song | sits | is tall      (the last token of a text is only predicted)
+#   positions   0   1  |  2    3   |   2   3   4  |  2   |  2   3       every ending goes on where the context stops
+#   segments    0   0  |  1    1   |   2   2   2  |  3   |  4   4       0 is the context, 1 to 4 are the endings
+#
+# A token sees what comes before it in the context and in its own ending, so that its logits are those of a row without
+# the other endings. The logits at the context's last token predict the first token of all four.
 
-@dataclass
-class Row:
-    """Texts that begin alike, in one row: what they share is read once (branch 0), then comes the rest of each
-    (branches 1, 2, …), which sees what is shared and itself."""
-    ids: list
-    positions: list  # each token's place in its text
-    branches: list
-    scored: list     # (place in the row, the token to predict there, the ending that it belongs to)
-
-
-def make_row(texts, starts, endings, shared):
-    """texts: lists of ids that agree on their first `shared` tokens; `starts`: where their scored tokens begin, at least
-    max(1, shared); `endings`: their numbers. The last token of a text is predicted, never read."""
-    row = Row(texts[0][:shared], list(range(shared)), [0] * shared, [])
-    for branch, (text, start, ending) in enumerate(zip(texts, starts, endings), 1):
-        offset = len(row.ids) - shared
-        row.scored += [(place + offset if place >= shared else place, text[place + 1], ending)
-                       for place in range(start - 1, len(text) - 1)]
-        row.ids += text[shared:-1]
-        row.positions += range(shared, len(text) - 1)
-        row.branches += [branch] * (len(text) - 1 - shared)
-    return row
+def pack(context, endings):
+    """One row: a context (ids, at least one), then one or more endings of it (lists of ids). Returns int64 tensors:
+    ids, positions and segments of the T tokens that are read; targets, all tokens of the endings; indices, the index
+    in the row of the token before each target, whose logits predict it."""
+    C = len(context)
+    ids, positions, segments, targets, indices = list(context), list(range(C)), [0] * C, [], []
+    for segment, ending in enumerate(endings, 1):
+        read = ending[:-1]
+        before = [C - 1, *range(len(ids), len(ids) + len(read))]
+        indices += before[:len(ending)]  # the harness style can make an ending of no tokens
+        targets += ending
+        ids += read
+        positions += range(C, C + len(read))
+        segments += [segment] * len(read)
+    return [torch.tensor(numbers, dtype=torch.int64) for numbers in (ids, positions, segments, targets, indices)]
 
 
 @dataclass
 class Item:
-    """One example, ready to run: its four texts, cut from the left to what the model reads."""
-    index: int
-    texts: list
-    starts: list
-    lengths: list    # what acc_norm divides the losses by
-    truncated: bool
+    """An example, ready to be scored."""
+    example: dict
+    rows: list       # one for the four endings, or one for each
+    sizes: list      # how many tokens each of the four endings has
+    lengths: list    # what acc_norm divides their losses by
+    truncated: bool  # whether a text was cut from the left to what the model reads
 
-    def rows(self, branching):
-        """One row for the four endings; one for each if the model cannot branch, or if cutting left nothing to share."""
-        shared = min(len(os.path.commonprefix(self.texts)), *self.starts)
-        if branching and shared:
-            return [make_row(self.texts, self.starts, range(4), shared)]
-        return [make_row([text], [start], [k], 0) for k, (text, start) in enumerate(zip(self.texts, self.starts))]
+    def longest_row(self):
+        return max(len(ids) for ids, *_ in self.rows)
 
 
-def prepare(index, example, encode, style, block_size):
+def make_item(example, encode, style, block_size, packed):
+    """`packed`: one row for the four endings, unless cutting left them different contexts."""
     context, endings, lengths = render(example, encode, style)
-    whole = [context + ending for ending in endings]
-    texts = [text[-(block_size + 1):] for text in whole]
-    starts = [max(1, len(context) - len(before) + len(text)) for before, text in zip(whole, texts)]
+    truncated = len(context) + max(map(len, endings)) > block_size + 1
+    contexts = []
+    for i, ending in enumerate(endings):
+        text = (context + ending)[-(block_size + 1):]
+        start = max(1, len(text) - len(ending))  # nothing stands before a text's first token to predict it from
+        contexts.append(text[:start])
+        endings[i] = text[start:]
+    sizes = [len(ending) for ending in endings]
     if style == "completion":
-        lengths = [len(text) - start for text, start in zip(texts, starts)]  # less than the ending where that was cut
-    return Item(index, texts, starts, lengths, any(len(text) > block_size + 1 for text in whole))
+        lengths = sizes  # without what was cut
+    if packed and all(other == contexts[0] for other in contexts):
+        rows = [pack(contexts[0], endings)]
+    else:
+        rows = [pack(contexts[i], endings[i:i + 1]) for i in range(4)]
+    return Item(example, rows, sizes, lengths, truncated)
 
 
-def batches_of(items, tokens, overhead):
-    """items: [(item, its rows)]. Yields lists of them that run together, about `tokens` tokens at a time. Shorter rows
-    are padded: a batch ends where that costs more than `overhead`, what another pass costs in tokens."""
-    longest_of = lambda rows: max(len(row.ids) for row in rows)
-    batch, padding, count = [], 0, 0
-    for item, rows in sorted(items, key=lambda pair: longest_of(pair[1]), reverse=True):
-        longest = longest_of(batch[0][1] if batch else rows)
-        padding, count = padding + sum(longest - len(row.ids) for row in rows), count + len(rows)
-        if batch and (padding > overhead or count * longest > tokens):
-            yield batch
-            batch, padding, count = [], 0, len(rows)
-        batch.append((item, rows))
-    yield from [batch] if batch else []
+def make_batches(items, device_type):
+    """Lists of items that run together. Rows are padded to the first item's, the longest: a new batch begins where
+    there would be too many tokens, or where padding would cost more than a new pass (on a GPU, its kernel launches)."""
+    max_tokens, max_padding = (2048, 100) if device_type == "cpu" else (16384, 2048)
+    batches = []
+    T = num_rows = padding = 0
+    for item in sorted(items, key=Item.longest_row, reverse=True):
+        num_rows += len(item.rows)
+        padding += sum(T - len(ids) for ids, *_ in item.rows)
+        if not batches or num_rows * T > max_tokens or padding > max_padding:
+            batches.append([])
+            T, num_rows, padding = item.longest_row(), len(item.rows), 0
+        batches[-1].append(item)
+    random.Random(0).shuffle(batches)  # so that the running accuracy is not that of the longest examples
+    return batches
 
 
 # -----------------------------------------------------------------------------
-# the model: our own GPT, or one of Transformers'
+# scoring with our own GPT, or one of Transformers' models
 
 def is_ours(model):
     return hasattr(model, "hidden_states")
 
 
-def config_value(model, *names, default=None):
-    config = model.config if is_ours(model) else model.config.get_text_config()
-    return next((value for value in (getattr(config, name, None) for name in names) if value), default)
-
-
-def takes_branches(model, items, device):
-    """Whether the model can read rows that branch. A Transformers model is asked: the longest of them, both ways."""
-    if is_ours(model) or not items:
-        return is_ours(model)
-    plain, longest = max(((item.rows(False), item.rows(True)) for item in items), key=lambda ways: len(ways[1][0].ids))
-    expected = score_rows(model, [plain], device, branching=False)
-    try:
-        return torch.allclose(score_rows(model, [longest], device, branching=True), expected, rtol=1e-3)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # no such argument, no such shape, ...
-        return False
-
-
-def see(positions, branches, window):
-    """(B, T, T) bool: whether the token of a row sees another; padding is in a branch of its own."""
-    distance = positions[:, :, None] - positions[:, None]
-    alike = (branches == 0)[:, None] | (branches[:, :, None] == branches[:, None])
-    return (distance >= 0) & (distance < window) & alike if window else (distance >= 0) & alike
-
-
-def logits_at(model, idx, seen, positions, places, part):
-    """Runs rows, (B, T) int64, and yields their logits (part, vocab_size) at these places among the B * T, `part` of them
-    at a time. seen None: plain rows, padded on the right, where a causal model does not look."""
+def config_value(model, our_name, hf_name):
+    """A field of the model's config, by its name in our own GPT's or in Transformers'; None without it."""
     if is_ours(model):
-        hidden = model.hidden_states(idx, model.branches(positions, seen[:, None])).flatten(0, 1)
-        yield from (model.logits(hidden[at]) for at in places.split(part))
-        return
-    inputs = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    if seen is not None:
-        mask = torch.zeros(seen.shape, dtype=model.dtype, device=idx.device)
-        inputs |= {"attention_mask": mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[:, None], "position_ids": positions}
-    head = model.get_output_embeddings()  # it sees these places only; what a model does to logits after it stays
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, -2)[places], *args[1:]))
+        return getattr(model.config, our_name)
+    return getattr(model.config.get_text_config(), hf_name, None)
+
+
+def visibility_mask(positions, segments, window):
+    """positions, segments: (B, T) int64; window: how many tokens a token sees, itself included (0 or None: all before).
+    Returns (B, 1, T, T) bool, True where a token (third dimension) sees another (fourth)."""
+    distance = positions[:, :, None] - positions[:, None, :]
+    same_text = (segments[:, None, :] == 0) | (segments[:, :, None] == segments[:, None, :])
+    return (same_text & (distance >= 0) & (distance < (window or float("inf"))))[:, None]
+
+
+def transformers_logits(model, idx, positions, mask, indices):
+    """A Transformers model's logits, (N, vocab_size), at N `indices` among the B * T tokens of idx."""
+    def select(head, args):
+        return args[0].flatten(0, -2)[indices], *args[1:]
+    # The head sees these tokens alone; what the model does to logits after its head still happens.
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        logits = model(input_ids=idx, **inputs).logits
+        packing = {} if mask is None else {"attention_mask": mask, "position_ids": positions}
+        return model(input_ids=idx, **packing).logits
     finally:
         hook.remove()
-    yield from (logits if logits.ndim == 2 else logits.flatten(0, 1)[places]).split(part)  # 3: it called no head
 
 
-def score_rows(model, examples, device, branching):
-    """Summed losses of the endings of each example, given as its rows: (len(examples), 4) float64 on the CPU, in nats."""
-    rows = [row for rows in examples for row in rows]
-    T = max(len(row.ids) for row in rows)
-    idx, positions, branches = (
-        torch.tensor([values + [fill] * (T - len(values)) for values in columns], device=device)
-        for columns, fill in (([row.ids for row in rows], 0), ([row.positions for row in rows], 0),
-                              ([row.branches for row in rows], -1)))
-    seen = see(positions, branches, config_value(model, "window", "sliding_window")) if branching else None
-    owner = [i for i, rows in enumerate(examples) for _ in rows]
-    places, tokens, endings = torch.tensor([(r * T + place, token, 4 * owner[r] + ending) for r, row in enumerate(rows)
-                                            for place, token, ending in row.scored]).unbind(1)
-    # A part of the places at a time: memory stays bounded, on a CPU the logits stay in its cache.
-    part = max(1, (2**23 if device.type == "cpu" else 2**27) // config_value(model, "vocab_size"))
-    logits = logits_at(model, idx, seen, positions, places.to(device), part)
-    found = [F.cross_entropy(x.float(), y, reduction="none") for x, y in zip(logits, tokens.to(device).split(part))]
-    losses = torch.zeros(4 * len(examples), dtype=torch.float64)
-    return losses.index_add_(0, endings, torch.cat(found).cpu().double()).view(-1, 4)
+def score_batch(model, items, device):
+    """The summed losses of each item's endings, in nats: (len(items), 4) float64 on the CPU."""
+    rows = [row for item in items for row in item.rows]
+    ids, positions, segments, targets, indices = zip(*rows)
+    idx = pad_sequence(ids, batch_first=True).to(device)  # (B, T)
+    positions = pad_sequence(positions, batch_first=True).to(device)
+    mask = None  # rows of one text need none: a causal model does not look at the padding on the right
+    if len(rows) < 4 * len(items):
+        segments = pad_sequence(segments, batch_first=True, padding_value=-1).to(device)
+        mask = visibility_mask(positions, segments, config_value(model, "window", "sliding_window"))
+    targets = torch.cat(targets).to(device)
+    indices = torch.cat([i * idx.size(1) + index for i, index in enumerate(indices)]).to(device)  # among all B * T
+    if is_ours(model):
+        outputs = model.hidden_states(idx, positions, mask).flatten(0, 1)[indices]
+        head = model.logits
+    else:
+        outputs = transformers_logits(model, idx, positions, mask, indices)
+        head = torch.nn.Identity()
+    # So many tokens at a time that a CPU keeps their logits in its cache, and that a GPU's memory stays bounded.
+    chunk = 160 if device.type == "cpu" else 2560
+    chunks = zip(outputs.split(chunk), targets.split(chunk))
+    losses = [F.cross_entropy(head(output).float(), target, reduction="none") for output, target in chunks]
+    sizes = [size for item in items for size in item.sizes]
+    sums = [part.sum() for part in torch.cat(losses).cpu().double().split(sizes)]
+    return torch.stack(sums).view(-1, 4)
 
 
-# -----------------------------------------------------------------------------
-# scoring
-
-@contextlib.contextmanager
-def eval_mode(model):
-    """Evaluation mode; afterwards every module is back in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def make_items(model, examples, encode, style, device):
+    """The examples as Items, packed if the model reads them so. A Transformers model is tried on the longest: some take
+    no such mask, some take no positions, and some mask in their own way as well."""
+    block_size = config_value(model, "block_size", "max_position_embeddings") or 2048
+    items = [make_item(example, encode, style, block_size, packed=True) for example in examples]
+    if is_ours(model) or not items:
+        return items
+    longest = max(items, key=Item.longest_row)
+    expected = score_batch(model, [make_item(longest.example, encode, style, block_size, packed=False)], device)
     try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def score(model, examples, encode, style, device):
-    """Yields batches of examples as they are scored: (their indices, summed losses (B, 4), losses as acc_norm divides
-    them (B, 4), how many had a row cut); losses are float64 on the CPU, in nats."""
-    block_size = config_value(model, "block_size", "n_positions", "max_position_embeddings", "n_ctx", default=2048)
-    items = [prepare(i, example, encode, style, block_size) for i, example in enumerate(examples)]
-    branching = takes_branches(model, items, device)
-    # Tokens in one forward pass, and what starting one costs in tokens (a GPU waits for its launches).
-    batches = list(batches_of([(item, item.rows(branching)) for item in items],
-                              *((2048, 100) if device.type == "cpu" else (16384, 2048))))
-    random.Random(0).shuffle(batches)  # so that the running accuracy is not that of the shortest contexts
-    for batch in batches:
-        items, rows = zip(*batch)
-        losses = score_rows(model, rows, device, branching)
-        yield ([item.index for item in items], losses, losses / torch.tensor([item.lengths for item in items]),
-               sum(item.truncated for item in items))
+        if torch.allclose(score_batch(model, [longest], device), expected, rtol=1e-3):
+            return items
+    except Exception:  # what it does not take: each model has its own error
+        pass
+    return [make_item(example, encode, style, block_size, packed=False) for example in examples]
 
 
 @torch.no_grad()
 def evaluate(model, examples, encode, style="completion", device=None, progress=False):
-    """Scores `examples` (from load_examples) with our own GPT or a Transformers causal LM.
-
-    encode: text -> list of ids; style: "completion" or "harness"; device: where the model is (found if not given);
-    progress: show a bar on rank 0. With torch.distributed initialised every rank calls this with all the examples,
-    scores its share of them (possibly none), and returns the result for all.
-
-    -> dict: n, acc, acc_norm (fractions), acc_stderr, acc_norm_stderr (sample standard deviation / sqrt(n)),
-    truncated (examples with a row cut from the left to the model's context length).
-    Raises UserError without examples and for an unknown style."""
-    from tqdm import tqdm
-
+    """Scores `examples` (from load_examples) with our own GPT or a Transformers causal LM. encode: text -> list of ids;
+    style: "completion" or "harness"; device: where the model is (found if not given); progress: show a bar on rank 0.
+    With torch.distributed initialised every rank calls this with all the examples, scores its share of them (possibly
+    none), and returns the result for all.
+    Returns a dict: n, acc, acc_norm (fractions), acc_stderr, acc_norm_stderr (sample standard deviation / sqrt(n)),
+    truncated (examples with a text cut from the left to the context length). Raises UserError for an unknown style."""
     if style not in STYLES:
         raise UserError(f"HellaSwag style {style!r}: not one of {', '.join(STYLES)}")
-    if not examples:
-        raise UserError("no HellaSwag examples to score")
-    model = getattr(model, "module", model)      # out of DDP's wrapper: a rank may have no examples
-    model = getattr(model, "_orig_mod", model)   # out of torch.compile's: every batch has another shape
+    model = getattr(model, "module", model)     # out of DDP's wrapper: a rank may have no examples
+    model = getattr(model, "_orig_mod", model)  # out of torch.compile's: every batch has another shape
     device = torch.device(device or next(model.parameters()).device)
     distributed = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    mine = examples[rank::world_size]
-
-    sums = torch.zeros(4, dtype=torch.int64)  # examples, right by sum, right by acc_norm's measure, truncated
-    with eval_mode(model), tqdm(total=len(mine), unit="example", disable=not progress or rank > 0) as bar:
-        for indices, losses, normed, truncated in score(model, mine, encode, style, device):
-            labels = torch.tensor([mine[i]["label"] for i in indices])
-            right, right_norm = ((x.argmin(1) == labels).sum().item() for x in (losses, normed))
-            sums += torch.tensor([len(indices), right, right_norm, truncated])
-            bar.update(len(indices))
-            bar.set_postfix_str(f"acc {sums[1] / sums[0]:.2%}, acc_norm {sums[2] / sums[0]:.2%}")
+    share = examples[rank::world_size]
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    items = make_items(model, share, encode, style, device)
+    counts = torch.zeros(4, dtype=torch.int64)  # examples, right by acc's measure, right by acc_norm's, truncated
+    with tqdm(total=len(share), unit="example", disable=not progress or rank > 0) as bar:
+        for batch in make_batches(items, device.type):
+            losses = score_batch(model, batch, device)
+            lengths = torch.tensor([item.lengths for item in batch])
+            labels = torch.tensor([item.example["label"] for item in batch])
+            right = (losses.argmin(1) == labels).sum()
+            right_norm = ((losses / lengths).argmin(1) == labels).sum()
+            counts += torch.tensor([len(batch), right, right_norm, sum(item.truncated for item in batch)])
+            bar.update(len(batch))
+            bar.set_postfix_str(f"acc {counts[1] / counts[0]:.2%}, acc_norm {counts[2] / counts[0]:.2%}")
+    for module in training:
+        module.training = True
     if distributed:
-        sums = sums.to(device)
-        dist.all_reduce(sums)
-    n, right, right_norm, truncated = sums.tolist()
+        counts = counts.to(device)
+        dist.all_reduce(counts)
+    n, right, right_norm, truncated = counts.tolist()
     acc, acc_norm = right / n, right_norm / n
-    stderr = lambda p: math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else 0.0
-    return {"n": n, "acc": acc, "acc_norm": acc_norm, "acc_stderr": stderr(acc), "acc_norm_stderr": stderr(acc_norm),
-            "truncated": truncated}
+    return {"n": n, "acc": acc, "acc_norm": acc_norm, "acc_stderr": (acc * (1 - acc) / max(1, n - 1)) ** 0.5,
+            "acc_norm_stderr": (acc_norm * (1 - acc_norm) / max(1, n - 1)) ** 0.5, "truncated": truncated}
+
+
+# -----------------------------------------------------------------------------
+# device and dtype, also of train_gpt2.py
+
+def pick_device(name):
+    """name: auto, cpu, cuda, cuda:N or mps. Returns "cpu", "mps" or "cuda:N"; auto and cuda are the process's own GPU
+    under torchrun. Raises UserError for a device that is not there, and for one cuda:N for several processes."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps")
+    if name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise UserError(f"--device {name}: for one process; those of torchrun take one device each with --device cuda")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name.startswith("cuda") and int(name[5:]) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; start as many "
+                        "processes as devices, or use --device cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: not available here; use --device cpu")
+    return name
+
+
+def pick_dtype(name, device_type, without_bfloat16=torch.float32):
+    """The torch.dtype of a name: auto, bfloat16, float16 or float32. auto is bfloat16 only where the chip multiplies it
+    natively (elsewhere it is slower than float32), `without_bfloat16` on CUDA chips that do not, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device_type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else without_bfloat16
+    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device_type == "cpu" else {}
+    native = cpu.get("amx_bf16") or cpu.get("avx512_bf16") or cpu.get("bf16")
+    return torch.bfloat16 if native else torch.float32
 
 
 # -----------------------------------------------------------------------------
@@ -344,70 +352,43 @@ def evaluate(model, examples, encode, style="completion", device=None, progress=
 
 @dataclass
 class Flags:
-    model: str = flag("gpt2", "a Hugging Face causal LM, or a folder that holds one", metavar="NAME_OR_FOLDER")
-    data: str | None = flag(None, "examples with the fields of Rowan/hellaswag; downloaded if not given", metavar="FILE.jsonl")
-    style: str = flag("completion", "whose way of counting: build-nanogpt's or lm-evaluation-harness's", choices=STYLES)
-    limit: int = flag(0, "only so many of the first examples; 0 means all")
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = flag("auto", "auto is bfloat16 on CUDA chips and CPUs that have it", choices=("auto", "bfloat16", "float32"))
-
-
-def pick_device(name):
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: no such device here; auto, cpu, cuda, cuda:1 or mps") from None
-    return name
-
-
-def pick_dtype(name, device):
-    """"auto" is bfloat16 only where the chip multiplies it natively; elsewhere it would be slower than float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.startswith("cuda") else
-              device == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16") or cpu.get("bf16")))
-    return torch.bfloat16 if native else torch.float32
+    model: str = "gpt2"  # a Hugging Face causal LM, or a folder that holds one
+    data: str | None = None  # a .jsonl file with the fields of Rowan/hellaswag; downloaded if not given
+    style: Literal[STYLES] = "completion"  # whose way of counting: build-nanogpt's or lm-evaluation-harness's
+    limit: int = 0  # only so many of the first examples; 0: all
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 on chips that multiply it natively
 
 
 def open_model(name, style):
-    """A model and its tokenizer -> (model, encode), from one of our own checkpoints or with Transformers. As in
-    lm-evaluation-harness, special tokens that a tokenizer adds by itself (Llama's BOS) are added in that style."""
-    config = os.path.join(name, "config.json")
-    if os.path.isdir(name) and not os.path.exists(config):
+    """The model in float32 and encode (text -> list of ids), from a Hugging Face name or a model folder. As in
+    lm-evaluation-harness, a tokenizer adds its own special tokens (Llama's BOS) in that style. Raises UserError."""
+    if os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json")):
         raise UserError(f"{name}: no config.json in this folder; --model takes a model folder or a Hugging Face name")
-    if os.path.exists(config):
-        with open(config, encoding="utf-8") as f:
-            ours = json.load(f).get("model_type") == "train_gpt2"
-        if ours or os.path.exists(os.path.join(name, "train_state.pt")):
-            from train_gpt2 import GPT
-
-            return GPT.from_pretrained(name), get_tokenizer(name).encode
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
     try:
+        if PretrainedConfig.get_config_dict(name)[0].get("model_type") == "train_gpt2":
+            raise ValueError(f"only our script reads it; python train_gpt2.py eval --checkpoint {name} scores it")
         config = AutoConfig.from_pretrained(name)
+        config.use_cache = False  # nothing is generated
         for key in ("activation_function", "hidden_act"):  # the same tanh formula, in one kernel instead of eight
             if getattr(config, key, None) == "gelu_new":
                 setattr(config, key, "gelu_pytorch_tanh")
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # no network, no such name, a damaged file: too many types to list
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"--model {name}: no causal language model opens ({reason})") from None
-    return model, lambda text: tokenizer.encode(text, add_special_tokens=style == "harness", verbose=False)
+        raise UserError(f"--model {name}: Transformers cannot open it ({one_line(error)})") from None
+    return model, functools.partial(tokenizer.encode, add_special_tokens=style == "harness", verbose=False)
 
 
 def main(argv):
-    flags = Flags(**parse_flags(argv, Flags, prog="hellaswag.py", description=__doc__.strip().split("\n")[0]))
+    flags = parse_flags(Flags, argv, prog="hellaswag.py", description=__doc__.strip().split("\n")[0])
     if flags.limit < 0:
         raise UserError(f"--limit {flags.limit}: 0 means all, else a number of examples")
     device = pick_device(flags.device)
     examples = load_examples(flags.data, flags.limit)
     model, encode = open_model(flags.model, flags.style)
-    model = model.to(device, pick_dtype(flags.dtype, device))
+    model = model.to(device, pick_dtype(flags.dtype, torch.device(device).type))
     started = time.perf_counter()
     result = evaluate(model, examples, encode, flags.style, device, progress=True)
     speed = round(len(examples) / (time.perf_counter() - started), 2)

@@ -9,8 +9,8 @@ $ python train_gpt2.py sample --checkpoint log/latest --prompt "ROMEO:"
 $ python train_gpt2.py eval --checkpoint log/latest
 $ python train_gpt2.py plot --out_dir log
 
-In this order: config and presets, model, Transformers' formats, data, optimizer and schedule, distributed helpers,
-evaluation and samples, checkpoints and the log, training, commands.
+The training script proper: config and presets · model · data · optimizer and schedule · training · starting a run.
+What serves it: evaluation and samples · checkpoints and the log · processes · Transformers' formats · commands.
 """
 
 import json
@@ -23,75 +23,66 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
-from inspect import signature
-from itertools import islice
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import fineweb
 import hellaswag
-from fineweb import UserError, flag
+from fineweb import UserError, one_line
 
 HERE = Path(__file__).resolve().parent
 
 # -----------------------------------------------------------------------------
-# config and presets
+# config and presets: a field is a flag, its comment the flag's help
 
-model_flag, data_flag, recipe_flag, eval_flag, system_flag = (
-    partial(flag, group=group) for group in ("model", "data", "recipe", "evaluation", "system"))
+@dataclass
+class ModelFlags:
+    n_layer: int = 12  # transformer blocks
+    n_head: int = 12  # query heads in a block
+    n_kv_head: int | None = None  # key and value heads, shared by groups of query heads; None: n_head
+    n_embd: int = 768  # channels
+    block_size: int = 1024  # tokens of context
+    dropout: float = 0.0  # chance of dropping an activation in training
+    bias: bool = True  # biases in linear layers and layer norms
+    rope: bool = False  # rotary instead of learned positions
+    rmsnorm: bool = False  # RMSNorm instead of LayerNorm
+    swiglu: bool = False  # SwiGLU instead of GELU, of the same size
+    qk_norm: bool = False  # RMSNorm on every query and key head
+    window: int = 0  # tokens that a position sees, itself included; 0: all before it
+    zero_init: bool = False  # start residual projections at zero instead of GPT-2's scaled normal
 
 
 @dataclass
-class GPTConfig:
-    """The shape of a model. The defaults are GPT-2 124M (Radford et al. 2019). Raises UserError if it cannot be built."""
-    n_layer: int = model_flag(12, "transformer blocks")
-    n_head: int = model_flag(12, "query heads in a block")
-    n_kv_head: int | None = model_flag(None, "key and value heads, shared by groups of query heads",
-                                       default_text="n_head")
-    n_embd: int = model_flag(768, "channels")
-    block_size: int = model_flag(1024, "tokens of context")
-    dropout: float = model_flag(0.0, "chance of dropping an activation in training")
-    bias: bool = model_flag(True, "biases in linear layers and layer norms")
-    rope: bool = model_flag(False, "rotary instead of learned positions")
-    rmsnorm: bool = model_flag(False, "RMSNorm instead of LayerNorm")
-    swiglu: bool = model_flag(False, "SwiGLU instead of GELU, of the same size")
-    qk_norm: bool = model_flag(False, "RMSNorm on every query and key head")
-    window: int = model_flag(0, "tokens that a position sees, itself included; 0: all before it")
-    zero_init: bool = model_flag(False, "start residual projections at zero instead of GPT-2's scaled normal")
-    # Not flags: the tokenizer's, and what a model folder may say otherwise.
+class GPTConfig(ModelFlags):
+    """A whole model, by default GPT-2 124M (Radford et al. 2019). Raises UserError for what cannot be built."""
     vocab_size: int = 50257
-    eot: int | None = None            # end-of-text's id: the last one of the vocabulary
-    n_hidden: int | None = None       # width of the MLP: 4 n_embd, or for SwiGLU 8/3 n_embd rounded up to a multiple of 64
-    head_dim: int | None = None       # n_embd / n_head
+    eot: int | None = None  # id of end-of-text; None: the last one of the vocabulary
+    n_hidden: int | None = None  # width of the MLP; None: 4 n_embd, or for SwiGLU 8/3 n_embd, up to a multiple of 64
+    head_dim: int | None = None  # None: n_embd / n_head
     rope_theta: float = 10000.0
-    norm_eps: float | None = None     # 1e-5 as GPT-2's LayerNorm, 1e-6 as Llama's RMSNorm
-    tied: bool = True                 # the output head is the token embedding
+    norm_eps: float | None = None  # None: 1e-5 as GPT-2's LayerNorm, 1e-6 as Llama's RMSNorm
+    tied: bool = True  # the output head is the token embedding
 
     def __post_init__(self):
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if self.window < 0 or not 0 <= self.dropout < 1:
-            raise UserError(f"--window {self.window} --dropout {self.dropout}: a window is 0 or more, a dropout is in [0, 1)")
-        self.n_kv_head = self.n_kv_head or self.n_head
-        if self.n_head % self.n_kv_head:
-            raise UserError(f"--n_kv_head {self.n_kv_head} does not divide --n_head {self.n_head}; "
-                            f"these do: {divisors(self.n_head)}")
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        check_ranges(vars(self))
+        must_divide("n_kv_head", self.n_kv_head, "--n_head", self.n_head)
         if self.head_dim is None:
-            if self.n_embd % self.n_head:
-                raise UserError(f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}; "
-                                f"these do: {divisors(self.n_embd)}")
+            must_divide("n_head", self.n_head, "--n_embd", self.n_embd)
             self.head_dim = self.n_embd // self.n_head
         if self.rope and self.head_dim % 2:
-            raise UserError(f"--rope turns channels in pairs, but n_embd / n_head = {self.head_dim} is odd; "
-                            f"change --n_head or --n_embd")
+            raise UserError(f"--rope turns channels in pairs, but --n_embd / --n_head is {self.head_dim}: make it even")
         if self.n_hidden is None:
             self.n_hidden = math.ceil(8 * self.n_embd / 3 / 64) * 64 if self.swiglu else 4 * self.n_embd
         if self.norm_eps is None:
@@ -104,83 +95,121 @@ class GPTConfig:
         return math.ceil(self.vocab_size / 64) * 64  # 50,257 -> 50,304: matmuls like multiples of 64
 
 
-def divisors(n):
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+@dataclass
+class SetupFlags:
+    # a model with its recipe, which any other flag overrides; None: gpt2 for shards, tiny for a text file
+    preset: Literal["tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "modern"] | None = None
+    # a folder of shards or a UTF-8 text file (its last 10% validates); None: edu_fineweb10B/ if there, else input.txt
+    data: str | None = None
+    tokenizer: Literal["gpt2", "byte"] = "gpt2"  # for a text file; shards name their own
+    out_dir: str = "log"  # folder for checkpoints and log.jsonl
+    init_from: str = "scratch"  # scratch, or a model to fine-tune: a Hugging Face name (gpt2) or a folder
+    resume: bool = False  # continue from out_dir's newest good checkpoint; with none there, start
+    resume_from: str | None = None  # continue from this checkpoint
 
 
-def auto_or_int(text):
-    return text if text == "auto" else fineweb.parse_int(text)
+@dataclass
+class RecipeFlags:
+    total_batch_size: int = 524288  # tokens in an optimizer step, over all devices
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for the rest
+    weight_decay: float = 0.1  # decoupled weight decay of matrices
+    beta1: float = 0.9  # AdamW's decay of the mean gradient
+    beta2: float = 0.95  # AdamW's decay of the mean square
+    grad_clip: float = 1.0  # largest gradient norm; 0: no limit
+    momentum_warmup_steps: int = 0  # steps in which Muon's momentum rises from 0.85 to 0.95; 0: 0.95 at once
+    seed: int = 1337  # seed of initialisation, data order and dropout
+
+
+@dataclass
+class ScheduleFlags:
+    max_steps: int = 19073  # optimizer steps
+    lr: float = 6e-4  # peak learning rate
+    min_lr: float | None = None  # learning rate at the end; None: lr / 10
+    warmup_steps: int = 715  # steps of linear warm-up
+    schedule: Literal["cosine", "wsd"] = "cosine"  # cosine decay, or wsd: constant, then linear decay
+    decay_fraction: float = 0.4  # part of the run that wsd decays over
+
+
+@dataclass
+class EvaluationFlags:
+    eval_every: int = 250  # steps between validations; 0: never
+    eval_tokens: int = 10485760  # validation tokens to use
+    sample_every: int = 250  # steps between samples; 0: never
+    checkpoint_every: int = 1000  # steps between checkpoints; 0: only on a signal
+    keep_checkpoints: int = 2  # newest checkpoints to keep; 0: all
+    hellaswag_every: int = 1000  # steps between HellaSwag scores; 0: never
+    hellaswag_data: str | None = None  # HellaSwag's jsonl; None: downloaded
+
+
+@dataclass
+class SystemFlags:
+    # sequences per device in a micro-step; auto: on CUDA a power of two that fits, elsewhere up to 8,192 tokens
+    batch_size: int | Literal["auto"] = "auto"
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    # auto: bfloat16 on CUDA chips and CPUs that have it, else float16 on CUDA, else float32
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    compile: bool = True  # torch.compile the blocks and the loss, where a compiler works
+    deterministic: bool = False  # bit-for-bit repeatable on CUDA, slower
+    loss_chunks: int = 0  # parts in which the loss is computed, to save memory; 0: auto
+    wandb: str | None = None  # log to this Weights & Biases project too
+    tensorboard: bool = False  # log to TensorBoard too, in out_dir
+    quiet: bool = False  # no progress bar or samples
 
 
 @dataclass
 class TrainConfig:
     """A run. The defaults are GPT-2 124M's recipe (GPT-3's, Brown et al. 2020, where GPT-2's paper is silent)."""
-    preset: str | None = data_flag(None, "a model with its recipe; any other flag overrides it",
-                                   choices=["tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "modern"],
-                                   default_text="gpt2 for shards, tiny for a text file")
-    data: str | None = data_flag(None, "a folder of shards, or a UTF-8 text file (its last 10% validates)",
-                                 default_text="edu_fineweb10B beside the script if it holds shards, else input.txt")
-    tokenizer: str = data_flag("gpt2", "gpt2 or byte, for a text file; shards name their own",
-                               choices=["gpt2", "byte"])
-    out_dir: str = data_flag("log", "folder for checkpoints and log.jsonl")
-    init_from: str = data_flag("scratch", "scratch, or a model to fine-tune: a Hugging Face name (gpt2) or a folder",
-                               metavar="MODEL")
-    resume: str | None = data_flag(None, "continue from out_dir's newest good checkpoint, if any; a path names one",
-                                   const="auto", metavar="PATH", default_text="off", live=True)
+    model: ModelFlags = field(default_factory=ModelFlags)
+    setup: SetupFlags = field(default_factory=SetupFlags)
+    recipe: RecipeFlags = field(default_factory=RecipeFlags)
+    schedule: ScheduleFlags = field(default_factory=ScheduleFlags)
+    evaluation: EvaluationFlags = field(default_factory=EvaluationFlags)
+    system: SystemFlags = field(default_factory=SystemFlags)
 
-    total_batch_size: int = recipe_flag(524288, "tokens in an optimizer step, over all devices")
-    max_steps: int = recipe_flag(19073, "optimizer steps", live=True)
-    lr: float = recipe_flag(6e-4, "peak learning rate", live=True)
-    min_lr: float | None = recipe_flag(None, "learning rate at the end", default_text="lr / 10", live=True)
-    warmup_steps: int = recipe_flag(715, "steps of linear warm-up", live=True)
-    schedule: str = recipe_flag("cosine", "cosine decay, or wsd: constant, then linear decay",
-                                choices=["cosine", "wsd"], live=True)
-    decay_fraction: float = recipe_flag(0.4, "part of the run that wsd decays over", live=True)
-    weight_decay: float = recipe_flag(0.1, "decoupled weight decay of matrices")
-    beta1: float = recipe_flag(0.9, "AdamW's decay of the mean gradient")
-    beta2: float = recipe_flag(0.95, "AdamW's decay of the mean square")
-    grad_clip: float = recipe_flag(1.0, "largest gradient norm; 0: no limit")
-    optimizer: str = recipe_flag("adamw", "muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest",
-                                 choices=["adamw", "muon"])
-    momentum_warmup_steps: int = recipe_flag(0, "steps in which Muon's momentum rises from 0.85 to 0.95; 0: 0.95 at once")
+    def flat(self):
+        """{flag: value}, as checkpoints and log.jsonl hold it."""
+        return {name: value for group in vars(self).values() for name, value in vars(group).items()}
 
-    eval_every: int = eval_flag(250, "steps between validations; 0: never", live=True)
-    eval_tokens: int = eval_flag(10485760, "validation tokens to use", live=True)
-    sample_every: int = eval_flag(250, "steps between samples; 0: never", live=True)
-    checkpoint_every: int = eval_flag(1000, "steps between checkpoints; 0: only on a signal", live=True)
-    keep_checkpoints: int = eval_flag(2, "newest checkpoints to keep; 0: all", live=True)
-    hellaswag_every: int = eval_flag(1000, "steps between HellaSwag scores; 0: never", live=True)
-    hellaswag_data: str | None = eval_flag(None, "HellaSwag's jsonl", default_text="downloaded", live=True)
-
-    batch_size: int | str = system_flag("auto", "sequences per device in a micro-step; auto: on CUDA a power of two that "
-                                                "fits, elsewhere up to 8,192 tokens",
-                                        type=auto_or_int, metavar="N|auto", live=True)
-    device: str = system_flag("auto", "auto, cpu, cuda, cuda:1, mps", live=True)
-    dtype: str = system_flag("auto", "auto: bfloat16 on CUDA chips and CPUs that have it, else float16 on CUDA, else float32",
-                             choices=["auto", "bfloat16", "float16", "float32"], live=True)
-    compile: bool | None = system_flag(None, "torch.compile the blocks and the loss", default_text="auto", live=True)
-    deterministic: bool = system_flag(False, "bit-for-bit repeatable on CUDA, slower", live=True)
-    seed: int = system_flag(1337, "seed of initialisation, data order and dropout")
-    loss_chunks: int = system_flag(0, "parts in which the loss is computed, to save memory; 0: auto", live=True)
-    wandb: str | None = system_flag(None, "log to this Weights & Biases project too",
-                                    metavar="PROJECT", default_text="off", live=True)
-    tensorboard: bool = system_flag(False, "log to TensorBoard too, in out_dir", live=True)
-    quiet: bool = system_flag(False, "no progress bar or samples", live=True)
+    def update(self, values, keep=()):
+        """Sets the flags that `values` names, but for those in `keep`. Returns itself."""
+        group_of = {name: group for group in vars(self).values() for name in vars(group)}
+        for name in values.keys() - keep:
+            setattr(group_of[name], name, values[name])
+        return self
 
 
-PRESETS = {  # what differs from the dataclasses' defaults; learning rates by size from GPT-3's table 2.1
+MODERN = dict(rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False, optimizer="muon", schedule="wsd",
+              decay_fraction=0.6, min_lr=0.0)
+PRESETS = {  # what differs from the defaults above; learning rates by size from GPT-3's table 2.1
     "gpt2": dict(),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, lr=3e-4),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, lr=2.5e-4),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, lr=2e-4),
-    "modern": dict(rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False,
-                   optimizer="muon", momentum_warmup_steps=300, schedule="wsd", decay_fraction=0.6, lr=1.8e-3, min_lr=0.0),
-    "tiny": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, tokenizer="byte",
-                 rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False,
-                 optimizer="muon", momentum_warmup_steps=50, schedule="wsd", decay_fraction=0.6, lr=6e-3, min_lr=0.0,
-                 warmup_steps=15, weight_decay=0.01, total_batch_size=3072, max_steps=270, eval_every=90, eval_tokens=65536,
-                 sample_every=90, checkpoint_every=90, hellaswag_every=0, compile=False),
+    "modern": dict(MODERN, lr=1.8e-3, momentum_warmup_steps=300),
+    "tiny": dict(MODERN, n_layer=3, n_head=4, n_embd=128, block_size=128, tokenizer="byte", compile=False, lr=6e-3,
+                 momentum_warmup_steps=50, warmup_steps=15, weight_decay=0.01, total_batch_size=3072, max_steps=270,
+                 eval_every=90, eval_tokens=65536, sample_every=90, checkpoint_every=90, hellaswag_every=0),
 }
+FINE_TUNING = dict(lr=5e-5, block_size=None, tokenizer=None)  # with --init_from; None: the model's
+
+# the least and the most that numbers may be; those not named here: 0 and 1e15
+LEAST = dict(n_layer=1, n_head=1, n_kv_head=1, n_embd=1, block_size=1, vocab_size=1, total_batch_size=1, max_steps=1,
+             eval_tokens=1, batch_size=1, num_samples=1)
+MOST = dict(dropout=0.9999, beta1=0.9999, beta2=0.9999, decay_fraction=1)
+
+
+def check_ranges(values):
+    """Raises UserError for a number in {flag: value} that is out of its range."""
+    for name, value in values.items():
+        least, most = LEAST.get(name, 0), MOST.get(name, 1e15)
+        if isinstance(value, (int, float)) and not least <= value <= most:  # nan is in no range
+            raise UserError(f"--{name} {value}: must be at least {least}, at most {most:g}")
+
+
+def must_divide(name, part, whole_name, whole):
+    if whole % part:
+        works = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
+        raise UserError(f"--{name} {part} does not divide {whole_name} {whole}; these do: {works}")
 
 # -----------------------------------------------------------------------------
 # model
@@ -192,151 +221,124 @@ class Rotary(nn.Module):
         super().__init__()
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         angles = torch.outer(torch.arange(config.block_size).float(), config.rope_theta ** -exponents)
-        angles = torch.cat((angles, angles), dim=1)                             # (block_size, head_dim)
+        angles = torch.cat((angles, angles), dim=1)  # (block_size, head_dim)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, x, positions):
-        """x: (B, heads, T, head_dim); positions: a slice, or (B, T) int64."""
-        cos, sin = self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)  # (1 or B, 1, T, D)
-        low, high = x.chunk(2, dim=-1)
-        return (x * cos + torch.cat((-high, low), dim=-1) * sin).type_as(x)
+    def forward(self, positions):
+        """positions: a slice, or (B, T) int64. Returns cos and sin, each (1 or B, 1, T, head_dim), for `rotate`."""
+        return self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)
 
 
-class NoRotary(nn.Module):
-    def forward(self, x, positions):
-        return x
+def rotate(x, rotation):
+    """x: (B, heads, T, head_dim); rotation: cos and sin of its positions."""
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).type_as(x)
 
 
 def sdpa(q, k, v, **options):
-    """Scaled dot-product attention; k and v may have fewer heads than q. Off the CPU only flash attention's kernel takes
-    that (bfloat16, no mask): for the others they are repeated."""
-    autocast = torch.is_autocast_enabled(q.device.type)
-    dtype = torch.get_autocast_dtype(q.device.type) if autocast else q.dtype
-    flash = dtype == torch.bfloat16 and options.get("attn_mask") is None
-    if k.size(1) != q.size(1) and q.device.type != "cpu" and not flash:
-        k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
+    """Scaled dot-product attention. Where k and v have fewer heads than q, they are repeated for kernels that cannot
+    take that: all but the CPU's and flash attention (bfloat16, no mask)."""
+    groups = q.size(1) // k.size(1)
+    is_flash = compute_dtype(q) == torch.bfloat16 and options.get("attn_mask") is None
+    if groups > 1 and q.device.type != "cpu" and not is_flash:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=k.size(1) != q.size(1), **options)
 
 
+def compute_dtype(x):
+    """Of a matmul with x: autocast's where it is on."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
 def full_attention(q, k, v, dropout):
-    """Causal attention. q: (B, n_head, T, head_dim); k, v: (B, n_kv_head, T, head_dim). Returns a list of parts along T
-    of what q's shape has: here one."""
-    return [sdpa(q, k, v, is_causal=True, dropout_p=dropout)]
+    """Causal attention. q: (B, n_head, T, head_dim); k, v: (B, n_kv_head, T, head_dim). Returns the shape of q."""
+    return sdpa(q, k, v, is_causal=True, dropout_p=dropout)
 
 
 class WindowAttention(nn.Module):
-    """Causal attention in which a position sees itself and the window-1 tokens before it, in O(T * window): blocks of
-    `window` queries meet the keys of their own block and of the one before it."""
+    """Causal attention to the last `window` tokens, itself included, in O(T * window): blocks of `window` queries meet
+    the keys of their own block and of the one before it."""
 
-    def __init__(self, config):
+    def __init__(self, window):
         super().__init__()
-        self.window = config.window
-        if config.window < config.block_size:
-            seen = band(config.window, 2 * config.window, config.window, "cpu")
-            self.register_buffer("mask", torch.zeros(seen.shape).masked_fill(~seen, -torch.inf), persistent=False)  # (N, 2N)
+        self.window = window
+        distance = torch.arange(window, 2 * window)[:, None] - torch.arange(2 * window)  # from query to key
+        self.register_buffer("mask", (distance >= 0) & (distance < window), persistent=False)
 
     def forward(self, q, k, v, dropout):
-        """As `full_attention`; in two parts, since to join them would keep a copy of both for the backward pass."""
+        """As `full_attention`."""
         B, T, N = q.size(0), q.size(2), self.window
-        if T <= N:
-            return full_attention(q, k, v, dropout)
         first = full_attention(q[:, :, :N], k[:, :, :N], v[:, :, :N], dropout)  # has no block before it
+        if T <= N:
+            return first
         if T % N:
-            q, k, v = (F.pad(t, (0, 0, 0, -T % N)) for t in (q, k, v))
-        # Views that overlap: for one sequence nothing is copied. (B * blocks, heads, N or 2N, D)
-        k, v = (t.unfold(2, 2 * N, N).permute(0, 2, 1, 4, 3).flatten(0, 1) for t in (k, v))
-        q = q[:, :, N:].unflatten(2, (-1, N)).transpose(1, 2).flatten(0, 1)
-        rest = sdpa(q, k, v, attn_mask=self.mask.to(q.dtype), dropout_p=dropout)
-        return first + [rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :T - N]]
-
-
-def band(T, S, window, device):
-    """The (T, S) mask of T queries that are the last of S tokens; True where the query sees the key."""
-    distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
-    return (distance >= 0) & (distance < (window or S))
+            padding = (0, 0, 0, -T % N)
+            q, k, v = F.pad(q, padding), F.pad(k, padding), F.pad(v, padding)
+        q = q[:, :, N:].unflatten(2, (-1, N)).transpose(1, 2).flatten(0, 1)  # (B * blocks, n_head, N, head_dim)
+        k = k.unfold(2, 2 * N, N).permute(0, 2, 1, 4, 3).flatten(0, 1)  # (B * blocks, n_kv_head, 2N, head_dim)
+        v = v.unfold(2, 2 * N, N).permute(0, 2, 1, 4, 3).flatten(0, 1)
+        rest = sdpa(q, k, v, attn_mask=self.mask, dropout_p=dropout)
+        rest = rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :T - N]
+        return torch.cat((first, rest), dim=2)
 
 
 class LayerCache:
-    """Keys and values of the tokens seen so far in one layer, (B, n_kv_head, tokens, head_dim); of the last `window`."""
+    """The keys and values of one layer, (B, n_kv_head, tokens, head_dim) each; of the last `window` tokens only."""
 
     def __init__(self, window):
-        self.window, self.seen, self.k, self.v = window, 0, None, None
+        self.window = window
+        self.num_tokens = 0
+        self.k = self.v = None
 
-    def positions(self, T):
-        return slice(self.seen, self.seen + T)
-
-    def attend(self, q, k, v, attention):
-        """Adds the new k and v; q: (B, n_head, T, head_dim), the queries that came with them."""
-        T = q.size(2)
-        if self.k is not None:
+    def extend(self, k, v):
+        """Adds new tokens: the prompt, then one at a time. Returns the keys and values that these may see."""
+        is_prompt = self.k is None
+        self.num_tokens += k.size(2)
+        if not is_prompt:
             k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
-        self.seen += T
-        self.k, self.v = k[:, :, -self.window:], v[:, :, -self.window:]         # -0: all
-        if k.size(2) == T:
-            return attention(q, k, v, 0.0)
-        if T == 1:
-            k, v, mask = self.k, self.v, None
-        else:
-            mask = band(T, k.size(2), self.window, q.device)
-        return [sdpa(q, k, v, attn_mask=mask)]
-
-
-class KVCache:
-    """The layers' caches; `GPT.hidden_states` fills it. `seen` counts the tokens."""
-
-    def __init__(self, layers):
-        self.layers = layers
-
-    @property
-    def seen(self):
-        return self.layers[0].seen
-
-
-class Branches:
-    """In the place of a layer's cache; see `GPT.branches`."""
-
-    def __init__(self, positions, mask):
-        self.positions, self.mask = lambda T: positions, mask
-
-    def attend(self, q, k, v, attention):
-        return [sdpa(q, k, v, attn_mask=self.mask)]
+        self.k, self.v = k[:, :, -self.window:], v[:, :, -self.window:]  # with window 0 all of them
+        return (k, v) if is_prompt else (self.k, self.v)
 
 
 class Attention(nn.Module):
-
-    def __init__(self, config, rotary, attention):
+    def __init__(self, config, attention):
         super().__init__()
-        self.head_dim, self.dropout, self.rotary, self.attention = config.head_dim, config.dropout, rotary, attention
-        self.widths = [config.n_head * self.head_dim] + 2 * [config.n_kv_head * self.head_dim]
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        self.attention = attention
+        self.widths = [config.n_head * self.head_dim] + 2 * [config.n_kv_head * self.head_dim]  # of q, k and v
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
         self.c_proj = nn.Linear(self.widths[0], config.n_embd, bias=config.bias)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, cache=None):
+    def forward(self, x, rotation=None, mask=None, cache=None):
         B, T, _ = x.shape
-        q, k, v = (t.view(B, T, -1, self.head_dim) for t in self.c_attn(x).split(self.widths, dim=-1))
-        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
-        positions = cache.positions(T) if cache else slice(0, T)
-        q, k = self.rotary(q, positions), self.rotary(k, positions)
-        if cache:
-            parts = cache.attend(q, k, v, self.attention)
+        q, k, v = self.c_attn(x).split(self.widths, dim=-1)
+        q = self.q_norm(q.view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, n_head, T, head_dim)
+        k = self.k_norm(k.view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        v = v.view(B, T, -1, self.head_dim).transpose(1, 2)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        if mask is not None or T == 1:  # one token sees all that there is
+            y = sdpa(q, k, v, attn_mask=mask)
         else:
-            parts = self.attention(q, k, v, self.dropout if self.training else 0.0)
-        parts = [self.c_proj(y.transpose(1, 2).flatten(2)) for y in parts]      # (B, part of T, C)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            y = self.attention(q, k, v, self.dropout if self.training else 0.0)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
         self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))            # GPT-2's approximation
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2's approximation
 
 
 class SwiGLU(MLP):
@@ -357,69 +359,70 @@ def make_norm(config):
 
 
 class Block(nn.Module):
-
-    def __init__(self, config, rotary, attention):
+    def __init__(self, config, attention):
         super().__init__()
-        self.norm_1 = make_norm(config)
-        self.attn = Attention(config, rotary, attention)
-        self.norm_2 = make_norm(config)
+        self.ln_1 = make_norm(config)
+        self.attn = Attention(config, attention)
+        self.ln_2 = make_norm(config)
         self.mlp = SwiGLU(config) if config.swiglu else MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None):
-        x = x + self.drop(self.attn(self.norm_1(x), cache))
-        return x + self.drop(self.mlp(self.norm_2(x)))
+    def forward(self, x, rotation=None, mask=None, cache=None):
+        x = x + self.drop(self.attn(self.ln_1(x), rotation, mask, cache))
+        return x + self.drop(self.mlp(self.ln_2(x)))
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies, with the head's matmul. The logits exist for one chunk of tokens at a time: its
-    gradient is taken at once, so that nothing is kept or computed again for the backward pass."""
+    """The head's matmul and the sum of the cross-entropies. The logits exist for one chunk of tokens at a time, since
+    their gradient is taken at once."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, chunks, need_grad):
-        """x: (N, C); weight: (padded_vocab_size, C); targets: (N,), -1 is ignored. Returns a scalar in nats."""
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        x, w = x.to(dtype), weight.to(dtype)
-        loss = torch.zeros((), device=x.device)
-        grad_x, grad_w = [], torch.zeros(weight.shape if need_grad else (), device=x.device)
-        for xc, tc in zip(x.chunk(chunks), targets.chunk(chunks)):
-            logits = (xc @ w.T).float()                                         # (N / chunks, padded_vocab_size)
-            logits[:, vocab_size:] = -torch.inf
-            counted, index = (tc >= 0)[:, None], tc.clamp(min=0)[:, None]
-            lse = logits.logsumexp(dim=1, keepdim=True)
-            loss += ((lse - logits.gather(1, index)) * counted).sum()
-            if need_grad:  # softmax minus one-hot, in the logits' own memory; zero where nothing counts
-                p = logits.sub_(lse.masked_fill(~counted, torch.inf)).exp_()
-                p = p.scatter_add_(1, index, -counted.float()).to(dtype)
-                grad_x.append(p @ w)
-                grad_w += p.T @ xc
-        ctx.save_for_backward(*([torch.cat(grad_x), grad_w] if need_grad else []))
+    def forward(ctx, hidden, weight, targets, vocab_size, num_chunks, need_grad):
+        """hidden: (N, C); weight: (padded_vocab_size, C); targets: (N,), -1 is ignored. Returns a scalar in nats."""
+        dtype = compute_dtype(hidden)
+        hidden, head = hidden.to(dtype), weight.to(dtype)
+        loss = torch.zeros((), device=hidden.device)
+        hidden_grads = []
+        weight_grad = torch.zeros(weight.shape if need_grad else (), device=hidden.device)
+        for x, target in zip(hidden.chunk(num_chunks), targets.chunk(num_chunks)):
+            logits = (x @ head.T).float()  # (N / num_chunks, padded_vocab_size)
+            logits[:, vocab_size:] = -torch.inf  # the padding's share of the softmax is zero
+            counts = (target >= 0)[:, None]
+            target = target.clamp(min=0)[:, None]
+            log_sum_exp = logits.logsumexp(dim=1, keepdim=True)
+            loss += ((log_sum_exp - logits.gather(1, target)) * counts).sum()
+            if need_grad:  # softmax minus one-hot, in the logits' own memory; zero where a target does not count
+                grad = logits.sub_(log_sum_exp.masked_fill(~counts, torch.inf)).exp_()
+                grad = grad.scatter_add_(1, target, -counts.float()).to(dtype)
+                hidden_grads.append(grad @ head)
+                weight_grad += grad.T @ x
+        if need_grad:
+            ctx.save_for_backward(torch.cat(hidden_grads), weight_grad)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad, grad_w * grad, None, None, None, None
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return hidden_grad * grad, weight_grad * grad, None, None, None, None
 
 
 class GPT(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.config = config
-        rotary = Rotary(config) if config.rope else NoRotary()
-        attention = WindowAttention(config) if config.window else full_attention
+        self.loss_chunks = 0  # see `forward`
+        self.loss_sum = ChunkedCrossEntropy.apply
+        has_window = 0 < config.window < config.block_size
+        attention = WindowAttention(config.window) if has_window else full_attention
+        self.rotary = Rotary(config) if config.rope else None
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = None if config.rope else nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config, rotary, attention) for _ in range(config.n_layer))
-        self.norm_f = make_norm(config)
+        self.h = nn.ModuleList(Block(config, attention) for _ in range(config.n_layer))
+        self.ln_f = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.wte.weight
-        self.loss_chunks = 0
-        self.loss_sum = ChunkedCrossEntropy.apply
         self.init_weights()
 
     @torch.no_grad()
@@ -435,72 +438,70 @@ class GPT(nn.Module):
         for weight in {self.wte.weight, self.lm_head.weight}:
             weight[self.config.vocab_size:] = 0  # the padding rows stay zero: no gradient reaches them
 
-    def num_parameters(self, padding=False):
-        n = sum(p.numel() for p in self.parameters())
-        heads = 1 if self.config.tied else 2
-        return n if padding else n - heads * (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+    def num_parameters(self):
+        """Without the padding rows."""
+        padding = sum(w[self.config.vocab_size:].numel() for w in {self.wte.weight, self.lm_head.weight})
+        return sum(p.numel() for p in self.parameters()) - padding
 
-    def hidden_states(self, idx, cache=None):
-        """idx: (B, T) int64, the tokens after those in `cache`, which it extends; or those of `branches`. Returns
-        (B, T, n_embd), normalised. Raises ValueError where cache and idx together are longer than block_size."""
-        positions = cache.layers[0].positions(idx.size(1)) if cache else slice(0, idx.size(1))
-        if isinstance(positions, slice) and positions.stop > self.config.block_size:
-            raise ValueError(f"{positions.stop} tokens, but block_size is {self.config.block_size}")
+    def hidden_states(self, idx, positions=None, mask=None, cache=None):
+        """idx: (B, T) int64. Returns (B, T, n_embd), normalised, for the head.
+        positions: (B, T) int64; else they follow those in `cache`. mask: (B, 1, T, T) bool, True where a token sees
+        another; else causal. cache: of `new_cache`; the prompt extends it, then one token at a time.
+        Raises ValueError where tokens and cache are longer than block_size."""
+        if positions is None:
+            start = cache[0].num_tokens if cache else 0
+            positions = slice(start, start + idx.size(1))
+            if positions.stop > self.config.block_size:
+                raise ValueError(f"{positions.stop} tokens, but block_size is {self.config.block_size}")
         x = self.wte(idx)
         if self.wpe is not None:
             x = x + self.wpe.weight[positions]
         x = self.drop(x)
-        for i, block in enumerate(self.h):
-            x = block(x, cache.layers[i] if cache else None)
-        return self.norm_f(x)
+        rotation = self.rotary(positions) if self.rotary is not None else None
+        for block, layer_cache in zip(self.h, cache or len(self.h) * [None]):
+            x = block(x, rotation, mask, layer_cache)
+        return self.ln_f(x)
 
-    def logits(self, x):
-        """x: (..., n_embd) hidden states. Returns (..., vocab_size): the padding ends here."""
-        return self.lm_head(x)[..., :self.config.vocab_size]
+    def new_cache(self):
+        return [LayerCache(self.config.window) for _ in self.h]
+
+    def logits(self, hidden):
+        """hidden: (..., n_embd). Returns (..., vocab_size): the padding ends here."""
+        return self.lm_head(hidden)[..., :self.config.vocab_size]
 
     def forward(self, idx, targets=None):
-        """idx: (B, T) int64. Returns logits (B, T, vocab_size); with targets (B, T), in which -1 is ignored, the mean
-        cross-entropy in nats, a scalar."""
-        x = self.hidden_states(idx)
+        """idx, targets: (B, T) int64; -1 is no target. Returns logits (B, T, vocab_size), or the mean loss in nats."""
+        hidden, config = self.hidden_states(idx), self.config
         if targets is None:
-            return self.logits(x)
-        n = targets.numel()  # chunks of 256 MB of fp32 logits, or more where that would be many; short enough for fp16 sums
-        chunks = self.loss_chunks or max(1, n // 8192, min(16, n * self.config.padded_vocab_size // 2**26))
-        loss = self.loss_sum(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.vocab_size, chunks,
-                             torch.is_grad_enabled())
+            return self.logits(hidden)
+        N = targets.numel()  # chunks of 256 MB of fp32 logits, or more where that would be many; short for sums in fp16
+        num_chunks = self.loss_chunks or max(1, N // 8192, min(16, N * config.padded_vocab_size // 2**26))
+        loss = self.loss_sum(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), config.vocab_size,
+                             num_chunks, torch.is_grad_enabled())
         return loss / (targets >= 0).sum()
 
     def compile(self):
-        """Compiles one block for all of them, and the loss. The embedding stays outside: its compiled gradient on a CPU
-        adds in no fixed order."""
+        """Compiles the blocks and the loss. The embedding's compiled gradient on a CPU would add in no fixed order."""
         torch._dynamo.config.optimize_ddp = False  # a block is a graph already; DDP's buckets would cut it again
         torch._functorch.config.ban_recompute_materialized_backward = False  # norms and GELUs are made again, not kept
         for block in self.h:
             block.compile(dynamic=False)
         self.loss_sum = torch.compile(self.loss_sum, dynamic=False)
 
-    def new_cache(self):
-        return KVCache([LayerCache(self.config.window) for _ in self.h])
-
-    def branches(self, positions, mask):
-        """What `hidden_states` takes for rows that hold several texts: positions (B, T) int64 are the tokens' places in
-        their texts, mask (B, 1, T, T) bool is True where a token sees another."""
-        return KVCache([Branches(positions, mask)] * len(self.h))
-
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None, use_cache=True):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
         """Yields the next tokens, (B, 1) at a time; see `generate`."""
-        training = self.training
+        was_training = self.training
         self.eval()
         try:
-            cache, done = self.new_cache(), torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
+            cache = self.new_cache()
+            done = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
             for _ in range(max_new_tokens):
-                if idx.size(1) > self.config.block_size:  # full: go on from the last half
-                    idx, cache = idx[:, -max(1, self.config.block_size // 2):], self.new_cache()
-                if not use_cache:
+                if idx.size(1) > self.config.block_size:  # go on from the last half
+                    idx = idx[:, -max(1, self.config.block_size // 2):]
                     cache = self.new_cache()
-                x = self.hidden_states(idx[:, cache.seen:], cache)[:, -1]
-                token = sample_token(self.logits(x), temperature, top_k, generator)
+                hidden = self.hidden_states(idx[:, cache[0].num_tokens:], cache=cache)
+                token = sample_token(self.logits(hidden[:, -1]), temperature, top_k, generator)
                 token = token.masked_fill(done, self.config.eot)
                 yield token
                 done |= token == self.config.eot
@@ -508,42 +509,43 @@ class GPT(nn.Module):
                     return
                 idx = torch.cat((idx, token), dim=1)
         finally:
-            self.train(training)
+            self.train(was_training)
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None, use_cache=True):
-        """Samples after idx (B, T) int64. Returns (B, T + new). A row that reached end-of-text is filled with it, and
-        when all have, generation stops. temperature 0 takes the likeliest token; top_k 0 keeps all. When block_size is
-        full, the last half of it is kept."""
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator, use_cache)), dim=1)
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
+        """Samples after idx (B, T) int64. Returns (B, T + new): a row that reached end-of-text is filled with it, and
+        when all have, it ends. temperature 0: the likeliest token; top_k 0: of all. Past block_size half is kept."""
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator)), dim=1)
 
     @classmethod
     def from_pretrained(cls, name_or_folder, **overrides):
-        """Opens a Transformers GPT-2, Llama, Mistral or Qwen3 model, or one of this project's: a folder, or a name on
-        the Hugging Face hub, which is downloaded. `overrides` change dropout or shorten block_size. Raises UserError
-        naming what this model class does not have."""
+        """Opens a GPT-2, Llama, Mistral or Qwen3 model, or one of ours: a folder, or a name on the Hugging Face hub.
+        `overrides`: another dropout, a shorter block_size. Raises UserError naming what this class does not have."""
         folder = model_folder(name_or_folder)
-        config, names = read_model_config(folder)
-        config, length = replace(config, **overrides), config.block_size
-        if config.block_size > length:
-            raise UserError(f"--block_size {config.block_size}: {name_or_folder} was made for at most {length}")
-        model = cls(config)
-        load_model_weights(model, folder, names)
+        config, model_type = read_model_config(folder)
+        model = cls(replace(config, **{name: value for name, value in overrides.items() if value is not None}))
+        if model.config.block_size > config.block_size:
+            raise UserError(f"--block_size {model.config.block_size}: {name_or_folder} has {config.block_size} at most")
+        load_model_weights(model, folder, model_type)
         return model
 
     def save_pretrained(self, folder, tokenizer=None):
-        """Writes a folder that Transformers opens (see `transformers_type`), with the files of `tokenizer` (of
-        fineweb.get_tokenizer) if given. Returns the model_type written."""
+        """Writes a folder that Transformers opens (see FORMATS), with the tokenizer's files. Returns the model_type."""
         from safetensors.torch import save_file
-
-        folder = Path(folder)
+        folder, model_type = Path(folder), model_type_of(self.config)
         folder.mkdir(parents=True, exist_ok=True)
-        described, names = describe_model(self.config)
+        about = {"model_type": model_type, **to_hf_config(self.config, model_type)}
+        if model_type != OWN_TYPE:
+            name = "GPT2LMHeadModel" if model_type == "gpt2" else f"{model_type.capitalize()}ForCausalLM"
+            about |= {"architectures": [name], "bos_token_id": self.config.eot, "dtype": "float32"}
+        if model_type == "gpt2":  # it has three rates where we have one
+            about |= {"embd_pdrop": self.config.dropout, "attn_pdrop": self.config.dropout}
         if tokenizer is not None:
-            described["tokenizer"] = tokenizer.name
+            about["tokenizer"] = tokenizer.name
             tokenizer.save_pretrained(folder)
-        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-        save_file(dict(export_weights(self, names)), folder / "model.safetensors", metadata={"format": "pt"})
-        return described["model_type"]
+        (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in hf_tensors(self, model_type)}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return model_type
 
 
 def sample_token(logits, temperature, top_k, generator):
@@ -556,324 +558,70 @@ def sample_token(logits, temperature, top_k, generator):
     return torch.multinomial(logits.softmax(dim=1), 1, generator=generator)
 
 # -----------------------------------------------------------------------------
-# Transformers' formats
+# data: one order of windows that do not overlap, whatever the number of devices and the size of a micro-step
 
-# Our modules and theirs; # is the layer's number. A tuple: they keep apart what we keep in one matrix.
-GPT2_NAMES = {
-    "wte": "transformer.wte", "wpe": "transformer.wpe",
-    "h.#.norm_1": "transformer.h.#.ln_1", "h.#.norm_2": "transformer.h.#.ln_2",
-    "h.#.attn.c_attn": "transformer.h.#.attn.c_attn", "h.#.attn.c_proj": "transformer.h.#.attn.c_proj",
-    "h.#.mlp.c_fc": "transformer.h.#.mlp.c_fc", "h.#.mlp.c_proj": "transformer.h.#.mlp.c_proj",
-    "norm_f": "transformer.ln_f", "lm_head": "lm_head",
-}
-LLAMA_NAMES = {  # Mistral's and Qwen3's too
-    "wte": "model.embed_tokens",
-    "h.#.norm_1": "model.layers.#.input_layernorm", "h.#.norm_2": "model.layers.#.post_attention_layernorm",
-    "h.#.attn.c_attn": tuple(f"model.layers.#.self_attn.{x}_proj" for x in "qkv"),
-    "h.#.attn.q_norm": "model.layers.#.self_attn.q_norm", "h.#.attn.k_norm": "model.layers.#.self_attn.k_norm",
-    "h.#.attn.c_proj": "model.layers.#.self_attn.o_proj",
-    "h.#.mlp.c_gate": "model.layers.#.mlp.gate_proj", "h.#.mlp.c_fc": "model.layers.#.mlp.up_proj",
-    "h.#.mlp.c_proj": "model.layers.#.mlp.down_proj",
-    "norm_f": "model.norm", "lm_head": "lm_head",
-}
-OWN_TYPE = "train_gpt2"
-# The fields of GPTConfig that those formats have a place for; another one must be off, as its default, to use them.
-KNOWN_TO_THEM = set("n_layer n_head n_kv_head n_embd block_size dropout bias rope rmsnorm swiglu qk_norm window zero_init "
-                    "vocab_size eot n_hidden head_dim rope_theta norm_eps tied".split())
-
-
-def transformers_type(config):
-    """The model_type of the Transformers architecture that computes the same, or this project's own."""
-    c = config
-    if any(getattr(c, f.name) != f.default for f in fields(c) if f.name not in KNOWN_TO_THEM):
-        return OWN_TYPE
-    if c.rope and c.rmsnorm and c.swiglu:
-        if not c.window and not c.qk_norm:
-            return "llama"
-        if not c.bias:
-            return "qwen3" if c.qk_norm else "mistral"
-    plain = not (c.rope or c.rmsnorm or c.swiglu or c.qk_norm or c.window) and c.bias and c.n_kv_head == c.n_head
-    return "gpt2" if plain and c.head_dim * c.n_head == c.n_embd else OWN_TYPE
-
-
-def describe_model(config):
-    """Returns config.json's content as a dict, and the table of names (None: our own)."""
-    c, kind = config, transformers_type(config)
-    if kind == OWN_TYPE:
-        return {"model_type": kind, **asdict(c)}, None
-    common = {"model_type": kind, "vocab_size": c.vocab_size, "bos_token_id": c.eot, "eos_token_id": c.eot,
-              "tie_word_embeddings": c.tied, "dtype": "float32"}
-    if kind == "gpt2":
-        return {**common, "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
-                "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": c.n_hidden,
-                "n_positions": c.block_size, "layer_norm_epsilon": c.norm_eps,
-                "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout}, GPT2_NAMES
-    described = {**common, "architectures": [f"{kind.capitalize()}ForCausalLM"], "hidden_act": "silu",
-                 "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head,
-                 "hidden_size": c.n_embd, "intermediate_size": c.n_hidden, "head_dim": c.head_dim,
-                 "max_position_embeddings": c.block_size, "rms_norm_eps": c.norm_eps, "attention_dropout": c.dropout,
-                 "rope_theta": c.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
-    if kind == "llama":
-        described |= {"attention_bias": c.bias, "mlp_bias": c.bias}
-    elif kind == "mistral":
-        described |= {"sliding_window": c.window}
-    else:  # without use_sliding_window and max_window_layers, Qwen3 ignores its window
-        described |= {"attention_bias": False, "use_sliding_window": c.window > 0, "sliding_window": c.window or None,
-                      "max_window_layers": 0 if c.window else c.n_layer}
-    return described, LLAMA_NAMES
-
-
-def model_folder(name_or_folder):
-    """The local folder of a model; a name on the hub is downloaded. Raises UserError."""
-    if (Path(name_or_folder) / "config.json").exists():
-        return Path(name_or_folder)
-    if Path(name_or_folder).exists() or str(name_or_folder).startswith((".", "/", "~")):
-        raise UserError(f"{name_or_folder}: no model is here (a model folder holds config.json and model.safetensors)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(name_or_folder), allow_patterns=["*.json", "model*.safetensors", "merges.txt"]))
-    except Exception as error:  # the hub's many: no network, no such name, gated, ...
-        raise UserError(f"{name_or_folder}: no such folder, and it could not be downloaded from the Hugging Face hub "
-                        f"({one_line(error)})") from None
-
-
-def one_line(error):
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
-
-
-def read_model_config(folder):
-    """Returns the GPTConfig of a model folder and the table of its names. Raises UserError by name for what the model
-    class does not have."""
-    path = folder / "config.json"
-    try:
-        theirs = json.loads(path.read_text())
-        kind = theirs["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a model's config.json ({type(error).__name__}: {one_line(error)})") from None
-    if kind == OWN_TYPE:
-        values = {k: v for k, v in theirs.items() if k not in ("model_type", "tokenizer")}
-        if unknown := values.keys() - {f.name for f in fields(GPTConfig)}:
-            raise UserError(f"{path}: {min(unknown)} = {values[min(unknown)]!r} is a part that this script does not have")
-        return GPTConfig(**values), None
-
-    def must_be(key, *allowed):
-        if theirs.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{path}: {key} = {theirs[key]!r} is not supported (only {' or '.join(map(repr, allowed))})")
-
-    if kind == "gpt2":
-        must_be("activation_function", "gelu_new", "gelu_pytorch_tanh")
-        must_be("scale_attn_weights", True)
-        must_be("scale_attn_by_inverse_layer_idx", False)
-        must_be("add_cross_attention", False)
-        get = {"n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257,
-               "layer_norm_epsilon": 1e-5, "n_inner": None, "tie_word_embeddings": True, "eos_token_id": 50256} | theirs
-        return GPTConfig(n_layer=get["n_layer"], n_head=get["n_head"], n_embd=get["n_embd"], n_hidden=get["n_inner"],
-                         block_size=get["n_positions"], vocab_size=get["vocab_size"], eot=get["eos_token_id"],
-                         norm_eps=get["layer_norm_epsilon"], tied=get["tie_word_embeddings"]), GPT2_NAMES
-    if kind not in ("llama", "mistral", "qwen3"):
-        raise UserError(f"{path}: model_type {kind!r} is not supported (only gpt2, llama, mistral, qwen3)")
-    import transformers
-
-    get = transformers.AutoConfig.from_pretrained(folder).to_dict()  # fills in what the file leaves out
-    theirs = get
-    rope = get.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{path}: rope_parameters {rope} is not supported (only rope_type 'default')")
-    must_be("hidden_act", "silu")
-    must_be("attention_bias", get.get("mlp_bias", False))
-    if kind == "qwen3" and len(set(get["layer_types"])) > 1:
-        raise UserError(f"{path}: layer_types differ from layer to layer, which is not supported")
-    windowed = kind == "mistral" or kind == "qwen3" and get["layer_types"][0] == "sliding_attention"
-    eot = get["eos_token_id"][0] if isinstance(get["eos_token_id"], list) else get["eos_token_id"]
-    return GPTConfig(n_layer=get["num_hidden_layers"], n_head=get["num_attention_heads"],
-                     n_kv_head=get["num_key_value_heads"], n_embd=get["hidden_size"], n_hidden=get["intermediate_size"],
-                     head_dim=get["head_dim"], block_size=get["max_position_embeddings"], vocab_size=get["vocab_size"],
-                     eot=eot, norm_eps=get["rms_norm_eps"], rope_theta=rope.get("rope_theta", 10000.0),
-                     tied=get["tie_word_embeddings"], bias=bool(get.get("mlp_bias", False)), rope=True, rmsnorm=True,
-                     swiglu=True, qk_norm=kind == "qwen3", window=(get["sliding_window"] or 0) if windowed else 0), LLAMA_NAMES
-
-
-def their_names(ours, names):
-    """The tensors' names in Transformers for one of ours, and whether they hold its transpose."""
-    if names is None:
-        return (ours,), False
-    stem, kind = ours.rsplit(".", 1)                                            # "h.3.attn.c_attn", "weight"
-    layer = re.match(r"h\.(\d+)\.", stem)
-    theirs = names[re.sub(r"^h\.\d+\.", "h.#.", stem)]
-    theirs = theirs if isinstance(theirs, tuple) else (theirs,)
-    transposed = names is GPT2_NAMES and kind == "weight" and stem.split(".")[-1].startswith("c_")  # its Conv1D
-    return tuple(f"{t.replace('#', layer[1] if layer else '')}.{kind}" for t in theirs), transposed
-
-
-def export_weights(model, names):
-    """Yields (name, tensor) as Transformers has them: parts apart, no padding rows, the tied head left out."""
-    for ours, p in model.named_parameters():
-        tensor = p.detach().cpu()
-        if ours in ("wte.weight", "lm_head.weight"):
-            tensor = tensor[:model.config.vocab_size]
-        theirs, transposed = their_names(ours, names)
-        parts = tensor.split(model.h[0].attn.widths) if len(theirs) > 1 else (tensor,)
-        for name, part in zip(theirs, parts):
-            yield name, (part.T if transposed else part).contiguous()
-
-
-@torch.no_grad()
-def load_model_weights(model, folder, names):
-    """Fills the model from the folder's safetensors. Raises UserError if anything is missing, misshapen or left over."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    files = sorted(folder.glob("model*.safetensors"))  # Mistral's repositories hold the same under another name too
-    if not files:
-        raise UserError(f"{folder}: no model.safetensors; open the model in Transformers and save it again")
-    tensors = {}
-    for file in files:
-        try:
-            tensors |= load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: not a whole safetensors file ({one_line(error)}); take another copy") from None
-    if names is GPT2_NAMES:  # OpenAI's files on the hub have no prefix, and old ones hold the causal masks
-        tensors = {k if k.startswith(("transformer.", "lm_head.")) else f"transformer.{k}": v for k, v in tensors.items()
-                   if not k.endswith((".attn.bias", ".attn.masked_bias"))}
-    for ours, p in model.named_parameters():
-        theirs, transposed = their_names(ours, names)
-        missing = [name for name in theirs if name not in tensors]
-        if missing:
-            raise UserError(f"{folder}: the weights lack {missing[0]}, which config.json asks for")
-        parts = [tensors.pop(name) for name in theirs]
-        tensor = torch.cat([part.T if transposed else part for part in parts])
-        target = p
-        if ours in ("wte.weight", "lm_head.weight"):
-            target = p[:model.config.vocab_size]
-        elif ours == "wpe.weight":
-            tensor = tensor[:model.config.block_size]
-        if tensor.shape != target.shape:
-            raise UserError(f"{folder}: {theirs[0]} has shape {tuple(tensor.shape)}, "
-                            f"but config.json makes it {tuple(target.shape)}")
-        target.copy_(tensor)
-    left = [k for k in tensors
-            if not k.endswith("rotary_emb.inv_freq") and not (model.config.tied and k == "lm_head.weight")]
-    if left:
-        raise UserError(f"{folder}: the weights hold {left[0]}, which this model class does not have")
-
-
-def open_model(name_or_folder, **overrides):
-    """A model and its tokenizer."""
-    model = GPT.from_pretrained(name_or_folder, **overrides)
-    folder = model_folder(name_or_folder)
-    name = json.loads((folder / "config.json").read_text()).get("tokenizer")
-    if name in ("gpt2", "byte"):  # ours says its name; others come with files
-        return model, fineweb.get_tokenizer(name)
-    if any((folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
-        tokenizer = fineweb.get_tokenizer(str(folder))
-        gpt2 = fineweb.get_tokenizer("gpt2") if tokenizer.vocab_size == 50257 else None
-        return model, gpt2 if gpt2 and tokenizer.equals(gpt2) else tokenizer
-    if model.config.vocab_size == 50257:
-        return model, fineweb.get_tokenizer("gpt2")
-    raise UserError(f"{name_or_folder}: no tokenizer files beside the model; save its tokenizer there")
-
-# -----------------------------------------------------------------------------
-# data
-
+@lru_cache(maxsize=4)
 def permutation(n, *key):
     """A random order of range(n), a function of the key alone (raw PCG64 output: the same on every numpy)."""
     return np.argsort(np.random.PCG64(key).random_raw(n), kind="stable")
 
 
 class Corpus:
-    """One split's tokens, cut into windows of block_size tokens that do not overlap. `shards`: paths, or arrays in
-    memory. Raises UserError naming the file that is damaged, or too short."""
+    """A split's tokens in windows of block_size. `shards`: paths, or arrays. Raises UserError naming a damaged one."""
 
     def __init__(self, shards, block_size, vocab_size, name):
-        self.shards, self.block_size, self.vocab_size, self.name = shards, block_size, vocab_size, name
-        self.counts = np.array([max(0, (len(self.read(s)) - 1) // block_size) for s in shards])
-        self.windows = int(self.counts.sum())
-        if self.windows == 0:
-            raise UserError(f"{name}: {sum(len(self.read(s)) for s in shards)} tokens are fewer than one window of "
-                            f"--block_size {block_size} and its target; use more text or a smaller block")
-        self.orders = {}                                                        # the few permutations in use
+        self.shards = shards
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.windows_per_shard = np.array([max(0, (len(self.read(shard)) - 1) // block_size) for shard in shards])
+        self.num_windows = int(self.windows_per_shard.sum())
+        if self.num_windows == 0:
+            raise UserError(f"{name}: fewer than one window of --block_size {block_size} and its target; use more text")
 
     @staticmethod
     def read(shard):
         return shard if isinstance(shard, np.ndarray) else fineweb.read_shard(shard)
 
-    def order(self, n, *key):
-        if key not in self.orders:
-            if len(self.orders) > 4:
-                self.orders.clear()
-            self.orders[key] = permutation(n, *key)
-        return self.orders[key]
+    def find(self, number, order):
+        """Where window `number` is if the shards follow one another in this order: (shard, window in it)."""
+        ends = self.windows_per_shard[order].cumsum()
+        i = int(np.searchsorted(ends, number, side="right"))
+        return int(order[i]), int(number - ends[i] + self.windows_per_shard[order[i]])
 
-    def locate(self, position, seed):
-        """Where the run's window number `position` lies: shard, window in it. Shards are shuffled by (seed, epoch),
-        their windows by (seed, epoch, shard)."""
-        epoch, position = divmod(position, self.windows)
-        shards = self.order(len(self.shards), seed, epoch)
-        ends = self.counts[shards].cumsum()
-        i = int(np.searchsorted(ends, position, side="right"))
-        shard = int(shards[i])
-        count = int(self.counts[shard])
-        return shard, int(self.order(count, seed, epoch, shard)[position - ends[i] + count])
+    def locate(self, number, seed):
+        """The same of a training run: shards are shuffled by (seed, epoch), their windows by (seed, epoch, shard)."""
+        epoch, number = divmod(number, self.num_windows)
+        shard, window = self.find(number, permutation(len(self.shards), seed, epoch))
+        return shard, int(permutation(int(self.windows_per_shard[shard]), seed, epoch, shard)[window])
 
-    def batch(self, places):
-        """places: [(shard, window)]. Returns (len(places), block_size + 1) int64, inputs and targets overlapping."""
-        T, rows, opened = self.block_size, [], {}
-        for shard, window in places:
-            if shard not in opened:
-                opened[shard] = self.read(self.shards[shard])
-            row = opened[shard][window * T:window * T + T + 1]
-            if row.max() >= self.vocab_size:
-                where = self.shards[shard] if not isinstance(self.shards[shard], np.ndarray) else self.name
-                offset = window * T + int((row >= self.vocab_size).argmax())
-                raise UserError(f"{where}: token {row.max()} at offset {offset} is outside the vocabulary of "
-                                f"{self.vocab_size}; it was made with another tokenizer, or is damaged")
-            rows.append(row)
-        return torch.from_numpy(np.stack(rows).astype(np.int64))
+    def read_windows(self, pairs):
+        """pairs: [(shard, window)]. Returns (len(pairs), block_size + 1) int64: inputs and targets overlap."""
+        T = self.block_size
+        shards = {shard: self.read(self.shards[shard]) for shard in {shard for shard, _ in pairs}}
+        rows = np.stack([shards[shard][window * T:window * T + T + 1] for shard, window in pairs]).astype(np.int64)
+        if rows.max() >= self.vocab_size:
+            row, column = np.argwhere(rows >= self.vocab_size)[0]
+            shard, window = pairs[row]
+            where = f"{self.shards[shard]}: token {rows[row, column]} at offset {window * T + column}"
+            raise UserError(f"{where}: the vocabulary has {self.vocab_size}; of another tokenizer, or damaged")
+        return torch.from_numpy(rows)
 
 
-class Loader:
-    """Walks the training windows in one order, whatever the split: a micro-step takes the next world_size *
-    batch_size, this rank the rank-th batch of them. A thread has the next batch ready."""
+def training_batches(corpus, start, batch_size, world, seed):
+    """Yields x and y, (batch_size, block_size) int64 on the device, from window `start` on. A thread reads ahead."""
+    def read(number):
+        first = number + world.rank * batch_size  # the ranks take the next world.size * batch_size windows
+        batch = corpus.read_windows([corpus.locate(i, seed) for i in range(first, first + batch_size)])
+        return batch.pin_memory() if world.device_type == "cuda" else batch
 
-    def __init__(self, corpus, batch_size, world, seed):
-        self.corpus, self.batch_size, self.world, self.seed = corpus, batch_size, world, seed
-        self.position, self.pending, self.thread = 0, None, ThreadPoolExecutor(1)
-
-    def read(self, position):
-        first = position + self.world.rank * self.batch_size
-        batch = self.corpus.batch([self.corpus.locate(p, self.seed) for p in range(first, first + self.batch_size)])
-        return batch.pin_memory() if self.world.device_type == "cuda" else batch
-
-    def next_batch(self):
-        """Returns x and y on the device, each (batch_size, block_size) int64."""
-        pending = self.pending or self.thread.submit(self.read, self.position)
-        self.position += self.world.size * self.batch_size
-        self.pending = self.thread.submit(self.read, self.position)
-        batch = pending.result().to(self.world.device, non_blocking=True)
-        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-
-    def state_dict(self):
-        epoch, window = divmod(self.position, self.corpus.windows)
-        return {"epoch": epoch, "window": window}
-
-    def load_state_dict(self, state):
-        self.position, self.pending = state["epoch"] * self.corpus.windows + state["window"], None
-
-
-def read_text(path):
-    try:
-        return Path(path).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; convert it, for instance with "
-                        f"iconv -f latin1 -t utf-8 {path} > utf8.txt") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-
-
-def shard_tokenizer(folder):
-    """The name of the tokenizer that a folder of shards was made with; without a manifest GPT-2's."""
-    return (fineweb.read_manifest(folder) or {}).get("tokenizer", "gpt2")
+    with ThreadPoolExecutor(1) as thread:
+        pending = thread.submit(read, start)
+        while True:
+            batch = pending.result()
+            start += world.size * batch_size
+            pending = thread.submit(read, start)
+            batch = batch.to(world.device, non_blocking=True)
+            yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 
 def open_data(path, tokenizer, block_size):
@@ -882,10 +630,14 @@ def open_data(path, tokenizer, block_size):
         splits = {split: fineweb.list_shards(path, split) for split in ("train", "val")}
         for split, shards in splits.items():
             if not shards:
-                raise UserError(f"{path}: no {split} shards (*_{split}_*.npy); "
-                                f"make them with python fineweb.py --out {path}")
+                raise UserError(f"{path}: no {split} shards (*_{split}_*.npy); fineweb.py --out {path} makes them")
     else:
-        tokens = np.array(tokenizer.encode(read_text(path)), dtype=np.uint32)
+        try:
+            text = Path(path).read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            remedy = f"iconv -f latin1 -t utf-8 {path} > utf8.txt"
+            raise UserError(f"{path}: byte {error.start} is not UTF-8; convert it: {remedy}") from None
+        tokens = np.array(tokenizer.encode(text), dtype=np.uint32)
         cut = len(tokens) * 9 // 10
         splits = {"train": [tokens[:cut]], "val": [tokens[cut:]]}
     return [Corpus(shards, block_size, tokenizer.vocab_size, f"{path} ({split})") for split, shards in splits.items()]
@@ -893,40 +645,623 @@ def open_data(path, tokenizer, block_size):
 # -----------------------------------------------------------------------------
 # optimizer and schedule
 
-def make_optimizers(model, config, device_type):
+def make_optimizers(model, recipe, device_type):
     """AdamW (Loshchilov & Hutter 2019) that decays matrices only; with --optimizer muon the blocks' matrices go to Muon
     (Jordan et al. 2024), its updates scaled to AdamW's so that one learning rate serves both (Liu et al. 2025)."""
-    matrices = [p for p in model.h.parameters() if p.ndim == 2] if config.optimizer == "muon" else []
-    taken = set(map(id, matrices))
-    rest = [p for p in model.parameters() if id(p) not in taken]
-    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+    for_muon = [p for p in model.h.parameters() if p.ndim == 2] if recipe.optimizer == "muon" else []
+    taken = set(for_muon)
+    rest = [p for p in model.parameters() if p not in taken]
+    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": recipe.weight_decay},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2),
-                                    eps=1e-8, fused=device_type in ("cuda", "cpu"))]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+    adamw = torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), fused=device_type in ("cuda", "cpu"))
+    if not for_muon:
+        return [adamw]
+    return [adamw, torch.optim.Muon(for_muon, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")]
 
 
-def learning_rate(step, config):
+def learning_rate(step, schedule):
     """The rate of the update that follows `step` updates."""
-    c, low = config, config.lr / 10 if config.min_lr is None else config.min_lr
-    if step < c.warmup_steps:
-        return c.lr * (step + 1) / c.warmup_steps
-    if c.schedule == "wsd":  # warm-up, stable, decay (Hu et al. 2024)
-        remaining = (c.max_steps - step) / max(1, c.decay_fraction * c.max_steps)
-        return low + (c.lr - low) * min(1.0, max(0.0, remaining))
-    progress = min(1.0, (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps))
-    return low + (c.lr - low) * 0.5 * (1 + math.cos(math.pi * progress))
+    peak, warmup_steps, max_steps = schedule.lr, schedule.warmup_steps, schedule.max_steps
+    lowest = peak / 10 if schedule.min_lr is None else schedule.min_lr
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule.schedule == "wsd":  # warm-up, stable, decay (Hu et al. 2024)
+        remaining = (max_steps - step) / max(1, schedule.decay_fraction * max_steps)
+        return lowest + (peak - lowest) * min(1.0, remaining)
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def muon_momentum(step, config):
-    """Of the update that follows `step` updates: it rises from 0.85 to 0.95 (modded-nanogpt, Jordan et al. 2024)."""
-    return 0.95 - 0.1 * max(0, config.momentum_warmup_steps - step) / max(1, config.momentum_warmup_steps)
+def muon_momentum(step, recipe):
+    """Muon's, of the same update: it rises from 0.85 to 0.95 (modded-nanogpt, Jordan et al. 2024)."""
+    return 0.95 - 0.1 * max(0, recipe.momentum_warmup_steps - step) / max(1, recipe.momentum_warmup_steps)
 
 # -----------------------------------------------------------------------------
-# distributed helpers
+# training
+
+class Run:
+    """A training run: made by `start_run`, which sets its attributes, moved on by `train_step`, kept by `save`."""
+
+    def train_step(self):
+        """One optimizer step. Returns what log.jsonl holds of it."""
+        started, recipe, world = time.time(), self.config.recipe, self.world
+        seed = np.random.SeedSequence((recipe.seed, self.step, world.rank)).generate_state(1)
+        torch.manual_seed(int(seed[0]))  # so that randomness is no state to save
+        loss = torch.zeros((), device=world.device)
+        for micro_step in range(self.micro_steps):
+            x, y = next(self.batches)
+            if world.distributed:  # gradients travel once a step
+                self.ddp.require_backward_grad_sync = micro_step == self.micro_steps - 1
+            with autocast(world.device_type, self.dtype):
+                micro_loss = self.ddp(x, y) / self.micro_steps
+            self.scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
+        lr = learning_rate(self.step, self.config.schedule)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+                if "momentum" in group:  # Muon's
+                    group["momentum"] = muon_momentum(self.step, recipe)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip or math.inf)
+        loss, norm = torch.stack((loss, norm)).tolist()  # the step's one read from the device
+        loss, norm, stop = world.mean(loss, norm, self.stop.time is not None)  # and its one small all-reduce
+        is_finite = math.isfinite(norm)
+        for optimizer in self.optimizers:
+            if is_finite:  # for all optimizers at once: the scaler's own test is for each alone
+                optimizer.step()
+            optimizer.zero_grad()
+        self.scaler.update()
+        self.skipped = 0 if is_finite else self.skipped + 1
+        self.stopped = stop > 0
+        self.step += 1
+        seconds, tokens = time.time() - started, recipe.total_batch_size
+        peak = peak_flops(world.device_type)
+        mfu = flops_per_token(self.model) * tokens / seconds / (peak * world.size) if peak else None
+        line = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": self.step * tokens, "seconds": seconds,
+                "tokens_per_second": tokens / seconds, "mfu": mfu}
+        return line if is_finite else {**line, "skipped": True}
+
+    def print(self, text):
+        self.world.print(f"step {self.step:>6,}  {text}")
+
+    def is_due(self, every):
+        """Whether what happens every so many steps (0: never), and after the last one, happens now."""
+        is_last = self.step == self.config.schedule.max_steps
+        return every > 0 and self.step > 0 and (is_last or self.step % every == 0)
+
+    def state_dict(self):
+        """Tensors and plain values. The place in the data and all randomness follow from the step."""
+        return {"step": self.step, "config": self.config.flat(), "scaler": self.scaler.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "batch_size": self.batch_size, "skipped": self.skipped, "run_id": self.run_id}
+
+    def save(self):
+        """Writes a checkpoint of this step, unless there is one. If the disk refuses, training goes on."""
+        if self.saved_step != self.step:
+            if self.world.from_rank_0(self.world.rank == 0 and save_checkpoint(self)):
+                self.saved_step = self.step
+
+
+def training_loop(run):
+    every, world, max_steps = run.config.evaluation, run.world, run.config.schedule.max_steps
+    bar = tqdm(total=max_steps, initial=run.step, unit="step", dynamic_ncols=True,
+               disable=run.config.system.quiet or world.rank > 0, mininterval=0.1 if sys.stderr.isatty() else 10)
+    while True:
+        if run.stopped or run.is_due(every.checkpoint_every):
+            run.save()
+        if run.stopped:
+            break
+        if run.is_due(every.eval_every):
+            log_validation(run)
+        if run.is_due(every.hellaswag_every) and run.hellaswag_examples:
+            log_hellaswag(run)
+        if run.is_due(every.sample_every):
+            log_sample(run)
+        if run.step >= max_steps:
+            break
+        line = run.train_step()
+        run.log.write("train", run.step, **line)
+        bar.set_postfix_str(f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, norm {line['grad_norm']:.3f}, "
+                            f"{line['tokens_per_second']:,.0f} tokens/s", refresh=False)
+        bar.update()
+        if run.skipped:
+            run.print("the gradient was not finite; the update was skipped")
+        if run.skipped == 10:
+            raise RunFailed(f"10 steps in a row had a gradient that was not finite, the last one step {run.step}; "
+                            f"{newest_checkpoint(run)}; lower --lr, or look at the data")
+    bar.close()
+    run.log.close()
+    if run.saved_step != run.step and (run.stopped or every.checkpoint_every):
+        raise RunFailed(f"the last checkpoint could not be written; {newest_checkpoint(run)}")
+    script, out_dir = os.path.relpath(HERE / "train_gpt2.py"), run.config.setup.out_dir
+    if run.stopped:
+        is_one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+        torchrun = f"torchrun --standalone --nproc_per_node={world.size}" if is_one_node else "torchrun …"
+        launcher = torchrun if world.distributed else "python"
+        world.print(f"stopped by a signal at step {run.step:,}; go on with:\n"
+                    f"  {launcher} {script} --out_dir {out_dir} --resume")
+    elif run.saved_step == run.step:
+        world.print(f"done at step {run.step:,}; sample from the model with:\n"
+                    f"  python {script} sample --checkpoint {out_dir}/latest --prompt \"ROMEO:\"")
+
+
+class StopRequest:
+    """Notes SIGINT and SIGTERM; the training loop ends after the step at hand. A second one stops at once."""
+
+    def __init__(self):
+        self.time = None  # of the first signal
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+
+    def __call__(self, number, frame):
+        grace = 3 if "TORCHELASTIC_RUN_ID" in os.environ else 0  # seconds: torchrun repeats a Ctrl-C that came here
+        if self.time is None:
+            self.time = time.time()
+        elif time.time() - self.time > grace:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+# -----------------------------------------------------------------------------
+# starting a run: a new one, or one that goes on from a checkpoint
+
+# what a resumed run may change
+MAY_CHANGE = {flag.name for group in (ScheduleFlags, EvaluationFlags, SystemFlags) for flag in fields(group)}
+
+
+def read_flags(argv):
+    """The config, and the names of the flags that were given."""
+    config = fineweb.parse_flags(TrainConfig, argv, prog="train_gpt2.py", description=__doc__)
+    words = [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
+    given = {word.removeprefix("no_") for word in words}
+    check_ranges(config.flat())
+    if config.setup.resume_from and "out_dir" not in given:
+        config.setup.out_dir = str(Path(config.setup.resume_from).resolve().parent)
+    return config, given
+
+
+def start_run(argv, world):
+    """The run that a command line asks for. Raises UserError."""
+    config, given = read_flags(argv)
+    check_restarts(config.setup.resume)
+    notes = []
+    checkpoint = open_checkpoint(config.setup, world)
+    earlier_config = checkpoint.config if checkpoint else config_to_start_again(config.setup, world, notes)
+    if earlier_config:
+        config = resumed_config(config, given, earlier_config)
+    else:
+        complete_config(config, given, notes)
+    model, tokenizer = (checkpoint.model, checkpoint.tokenizer) if checkpoint else new_model(config)
+    state = checkpoint.state if checkpoint else {}
+    setup, recipe, system = config.setup, config.recipe, config.system
+    world.use_device(system.device, system.deterministic)
+    if world.device_type == "mps" and "compile" not in given:
+        system.compile = False
+
+    run = Run()
+    run.config, run.world, run.tokenizer = config, world, tokenizer
+    run.model = model.to(world.device)
+    run.model.loss_chunks = system.loss_chunks
+    run.config.model = model.config
+    run.dtype = hellaswag.pick_dtype(system.dtype, world.device_type, without_bfloat16=torch.float16)
+    run.step = state.get("step", 0)  # updates made
+    run.saved_step = run.step  # those in the newest checkpoint
+    run.skipped = state.get("skipped", 0)  # updates left out in a row, since their gradients were not finite
+    run.run_id = state.get("run_id", f"{time.time_ns():x}")
+    run.stop = StopRequest()  # of this rank
+    run.stopped = False  # by all ranks
+    run.train_data, run.val_data = open_data(setup.data, tokenizer, model.config.block_size)
+    run.batch_size, run.micro_steps = split_batch(run, state.get("batch_size"))
+    run.ddp = model_to_train(run, notes)
+    run.optimizers = make_optimizers(model, recipe, world.device_type)
+    run.scaler = torch.amp.GradScaler(world.device_type, enabled=run.dtype == torch.float16)
+    if checkpoint:
+        for optimizer, saved in zip(run.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        run.scaler.load_state_dict(state["scaler"])
+        notes.append(f"resumed from {checkpoint.folder} at step {run.step}")
+    first_window = run.step * recipe.total_batch_size // model.config.block_size
+    run.batches = training_batches(run.train_data, first_window, run.batch_size, world, recipe.seed)
+    run.log = RunLog(run)
+    if config.evaluation.hellaswag_every:
+        run.hellaswag_examples = load_hellaswag(config.evaluation.hellaswag_data, world)
+    print_summary(run, notes)
+    return run
+
+
+def resumed_config(config, given, own):
+    """`own`, the config of a run that goes on, with the flags of `config` that were given and may change."""
+    values, own_values = config.flat(), own.flat()
+    for name in given - MAY_CHANGE - {"out_dir", "resume", "resume_from"}:
+        new, old = values[name], own_values[name]
+        is_same = new == old or name == "data" and os.path.realpath(new) == os.path.realpath(old)
+        if not is_same:
+            raise UserError(f"--{name} {new}: the run in {own.setup.out_dir} has {old}; drop it or change --out_dir")
+    changes = {name: values[name] for name in given & MAY_CHANGE}
+    return own.update({"batch_size": "auto", **changes, "out_dir": config.setup.out_dir})
+
+
+def config_to_start_again(setup, world, notes):
+    """Without a good checkpoint: the config of a run that left only a log in out_dir, and now begins anew."""
+    path = Path(setup.out_dir, "log.jsonl")
+    log = world.from_rank_0(read_log(path) if path.exists() else [])
+    if log:
+        notes.append(f"no good checkpoint in {setup.out_dir}: its run begins anew, its log so far is {path.name}.old")
+        return TrainConfig(model=GPTConfig()).update(log[0], keep=("kind", "run_id"))
+    if setup.resume:
+        notes.append(f"nothing to resume in {setup.out_dir}: a new run")
+    return None
+
+
+def complete_config(config, given, notes):
+    """Gives the flags of a new run that were left alone their values, by the preset and then by what was set."""
+    setup, schedule, recipe = config.setup, config.schedule, config.recipe
+    setup.data = find_data(setup.data)
+    has_shards = os.path.isdir(setup.data)
+    setup.preset = setup.preset or ("gpt2" if has_shards else "tiny")
+    config.update(PRESETS[setup.preset], keep=given)
+    for group, name, share in ((schedule, "warmup_steps", 10), (recipe, "momentum_warmup_steps", 5)):
+        longest = schedule.max_steps // share
+        if getattr(group, name) > longest and name not in given:
+            setattr(group, name, longest)
+            notes.append(f"--{name} {longest}: shortened to a {'tenth' if share == 10 else 'fifth'} of the run")
+    if setup.init_from != "scratch":
+        for name in sorted(given & {flag.name for flag in fields(ModelFlags)} - {"dropout", "block_size"}):
+            raise UserError(f"--{name}: --init_from takes its shape from the model; leave the flag out")
+        config.update(FINE_TUNING, keep=given)
+    if has_shards:
+        wanted, manifest = setup.tokenizer, fineweb.read_manifest(setup.data) or {}  # other people's have none
+        setup.tokenizer = manifest.get("tokenizer", "gpt2")
+        if "tokenizer" in given and wanted != setup.tokenizer:
+            raise UserError(f"--tokenizer {wanted}: {setup.data} holds {setup.tokenizer} tokens")
+
+
+def new_model(config):
+    """The model of a new run and its tokenizer."""
+    setup, flags = config.setup, config.model
+    torch.manual_seed(config.recipe.seed)
+    if setup.init_from == "scratch":
+        tokenizer = fineweb.get_tokenizer(setup.tokenizer)
+        values = vars(flags) | {"vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
+        return GPT(GPTConfig(**values)), tokenizer
+    model, tokenizer = open_model(setup.init_from, dropout=flags.dropout, block_size=flags.block_size)
+    if setup.tokenizer not in (None, tokenizer.name):
+        raise UserError(f"{setup.data} is {setup.tokenizer} tokens, but --init_from has its own, {tokenizer.name}")
+    setup.tokenizer = tokenizer.name
+    return model, tokenizer
+
+
+def find_data(path):
+    """The path, or the default where it is None. Raises UserError where nothing is there."""
+    shards = HERE / "edu_fineweb10B"
+    path = path or os.path.relpath(shards if fineweb.list_shards(shards, "train") else HERE / "input.txt")
+    if not os.path.exists(path):
+        raise UserError(f"--data {path}: no such file or folder; make shards with fineweb.py, or take input.txt")
+    return path
+
+
+def split_batch(run, previous):
+    """The batch size, that which the run had (`previous`) if it divides, and the micro-steps. Raises UserError."""
+    world, T, total = run.world, run.model.config.block_size, run.config.recipe.total_batch_size
+    unit = T * world.size
+    sequences = total // unit  # of each device in a step
+    if total % unit:
+        near = f"{max(1, sequences) * unit} and {(sequences + 1) * unit}"
+        raise UserError(f"--total_batch_size {total} is not a multiple of {world.size} x --block_size {T}; {near} are")
+    size = run.config.system.batch_size
+    if size == "auto":
+        sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]
+        if previous in sizes:
+            size = previous
+        elif world.device_type == "cuda":
+            size = largest_batch(run.model, [size for size in sizes if size & (size - 1) == 0], world, run.dtype)
+        else:
+            size = max(size for size in sizes if size == 1 or size * T <= 8192)  # a CPU gains nothing from more
+    must_divide("batch_size", size, "a device's sequences in a step,", sequences)
+    return size, sequences // size
+
+
+def largest_batch(model, sizes, world, dtype):
+    """The largest of the sizes, given in order, whose micro-step fits on the GPU: tried from the largest down, beside
+    copies of the parameters that stand for the gradients, AdamW's moments and DDP's buckets."""
+    free, total = torch.cuda.mem_get_info()
+    ours = free + torch.cuda.memory_allocated()
+    torch.cuda.set_per_process_memory_fraction(0.92 * ours / total)  # the rest is room for fragments
+    copies = None
+    for size in reversed(sizes):
+        try:
+            copies = copies or [torch.empty_like(p) for p in model.parameters() for _ in range(3 + world.distributed)]
+            x = torch.zeros(size, model.config.block_size, dtype=torch.long, device=world.device)
+            with autocast(world.device_type, dtype):
+                model(x, x).backward()
+            break
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        finally:
+            model.zero_grad()
+            torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    return int(world.reduce([size], dist.ReduceOp.MIN)[0])  # the same on all ranks
+
+
+def is_out_of_memory(error):
+    """In the words of CUDA, MPS or the CPU."""
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def model_to_train(run, notes):
+    """The model: compiled where that is wanted and works, under torchrun in DDP's wrapper."""
+    system = run.config.system
+    if system.compile:
+        try:
+            torch.compile(torch.sin)(torch.zeros(8, device=run.world.device))
+            run.model.compile()
+        except Exception:  # no C++ compiler, no Triton, an unknown chip, ...
+            system.compile = False
+            notes.append("no working compiler here: training uncompiled, slower (--no_compile drops this note)")
+    if not run.world.distributed:
+        return run.model
+    ddp = nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True)
+    ddp.broadcast_buffers = False  # rotary tables and masks never change
+    return ddp
+
+
+def print_summary(run, notes):
+    """What was chosen, and the flags that choose otherwise."""
+    setup, world, T = run.config.setup, run.world, run.model.config.block_size
+    steps, tokens = run.config.schedule.max_steps, run.config.recipe.total_batch_size
+    train, val = run.train_data.num_windows * T, run.val_data.num_windows * T  # tokens
+    compiled = "compiled" if run.config.system.compile else "not compiled"
+    if model_type_of(run.model.config) == OWN_TYPE:
+        notes.append("Transformers has no such mixture of parts: only this script will read the checkpoints")
+    lines = [
+        f"data    {setup.data}: {train:,} tokens to train on, {val:,} to validate, {setup.tokenizer} (--data)",
+        f"model   {setup.preset}: {run.model.num_parameters():,} parameters (--preset, --init_from)",
+        f"device  {world.size} x {world.device_type}, {str(run.dtype)[6:]}, {compiled} (--device, --dtype, --compile)",
+        f"batch   {tokens:,} tokens a step = {world.size} device(s) x {run.micro_steps} micro-step(s) x "
+        f"{run.batch_size} sequence(s) x {T} tokens (--total_batch_size, --batch_size)",
+        f"run     {steps:,} steps, {steps * tokens / train:.2f} times through the data, logged and saved in "
+        f"{setup.out_dir}/ (--max_steps, --out_dir)",
+    ]
+    world.print("\n".join(lines + [f"note    {note}" for note in notes]))
+
+# -----------------------------------------------------------------------------
+# evaluation and samples: through the raw model, on all ranks; no training number depends on them
+
+@torch.no_grad()
+def validate(model, corpus, tokens, batch_size, world, dtype):
+    """Mean loss in nats over the first `tokens` tokens of the corpus, rounded up to windows, for any batch_size and
+    world size: ranks take turns, and short batches are filled with ignored rows."""
+    num_windows = min(corpus.num_windows, math.ceil(tokens / corpus.block_size))
+    mine = [corpus.find(i, np.arange(len(corpus.shards))) for i in range(world.rank, num_windows, world.size)]
+    model.eval()
+    sums = [torch.zeros((), device=world.device)]  # a rank may have no window
+    for i in range(0, len(mine), batch_size):
+        batch = corpus.read_windows(mine[i:i + batch_size])
+        batch = F.pad(batch, (0, 0, 0, batch_size - len(batch)), value=-1).to(world.device)
+        x, y = batch[:, :-1].clamp(min=0), batch[:, 1:].contiguous()
+        with autocast(world.device_type, dtype):
+            sums.append(model(x, y) * (y >= 0).sum())
+    model.train()
+    (total,) = world.reduce([math.fsum(torch.stack(sums).tolist())])
+    return total / (num_windows * corpus.block_size)
+
+
+def log_validation(run):
+    tokens = run.config.evaluation.eval_tokens
+    loss = validate(run.model, run.val_data, tokens, run.batch_size, run.world, run.dtype)
+    perplexity = math.exp(min(loss, 700))
+    run.log.write("val", run.step, loss=loss, perplexity=perplexity)
+    run.print(f"validation loss {loss:.4f}, perplexity {perplexity:,.2f}  (best loss {run.log.best_loss:.4f})")
+
+
+def stream_text(model, tokenizer, flags, generator):
+    """Yields what the model writes after flags.prompt, piece by piece, up to end-of-text. flags: SampleFlags."""
+    ids = tokenizer.encode(flags.prompt) or [tokenizer.eot]
+    prompt = torch.tensor([ids], device=generator.device)
+    shown = tokenizer.decode(ids)  # some decoders drop a text's first space: what is new is found by decoding all
+    for token in model.stream(prompt, flags.max_new_tokens, flags.temperature, flags.top_k, generator):
+        if token.item() == model.config.eot:
+            break
+        ids.append(token.item())
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):  # a character whose other bytes are still to come
+            yield text[len(shown):]
+            shown = text
+    yield tokenizer.decode(ids)[len(shown):]
+
+
+def log_sample(run):
+    """Every rank makes the same text."""
+    prompt = "Hello, I'm a language model," if run.tokenizer.name == "gpt2" else "\n"
+    flags = SampleFlags(prompt=prompt, max_new_tokens=200)
+    generator = torch.Generator(run.world.device).manual_seed(flags.seed)
+    with autocast(run.world.device_type, run.dtype), torch.compiler.set_stance("force_eager"):  # its shapes change
+        text = prompt + "".join(stream_text(run.model, run.tokenizer, flags, generator))
+    run.log.write("sample", run.step, text=text)
+    if not run.config.system.quiet:
+        run.print(f"sample:\n{text.strip()}\n")
+
+
+def load_hellaswag(path, world):
+    """The examples, which rank 0 reads for all. Without a path, None if they cannot be downloaded."""
+    examples = None
+    try:
+        examples = hellaswag.load_examples(path) if world.rank == 0 else None
+    except UserError as error:
+        if path:
+            raise
+        world.print(f"HellaSwag is left out: {error}")
+    return world.from_rank_0(examples)
+
+
+def score_hellaswag(model, examples, tokenizer, world, dtype):
+    """hellaswag.evaluate's dict; all ranks share the work."""
+    with autocast(world.device_type, dtype), torch.compiler.set_stance("force_eager"):
+        return hellaswag.evaluate(model, examples, tokenizer.encode, style="completion", device=world.device)
+
+
+def log_hellaswag(run):
+    score = score_hellaswag(run.model, run.hellaswag_examples, run.tokenizer, run.world, run.dtype)
+    run.log.write("hellaswag", run.step, acc=score["acc"], acc_norm=score["acc_norm"], n=score["n"])
+    run.print(f"HellaSwag acc {score['acc']:.2%}, acc_norm {score['acc_norm']:.2%} of {score['n']:,}")
+
+# -----------------------------------------------------------------------------
+# checkpoints and the log
+
+def list_checkpoints(out_dir):
+    """{step: checkpoint folder}, oldest first."""
+    folders = {int(path.name[5:]): path for path in Path(out_dir).glob("step_*") if path.name[5:].isdigit()}
+    return dict(sorted(folders.items()))
+
+
+def newest_checkpoint(run):
+    """For a message."""
+    folders = list(list_checkpoints(run.config.setup.out_dir).values())
+    return f"the last good checkpoint is {folders[-1]}" if folders else "no checkpoint was written"
+
+
+def save_checkpoint(run):
+    """Writes out_dir/step_NNNNNN under a temporary name, flushes and renames it, points `latest` to it and deletes the
+    oldest. Returns whether it could be written; if not, it says so and the older ones stay."""
+    out_dir = Path(run.config.setup.out_dir)
+    folder = out_dir / f"step_{run.step:06d}"
+    temporary, link = out_dir / f".tmp_{folder.name}", out_dir / ".tmp_latest"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        run.model.save_pretrained(temporary, run.tokenizer)
+        torch.save(run.state_dict(), temporary / "train_state.pt")
+        fsync_all(temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one that --resume stepped over
+        temporary.rename(folder)
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.name)
+        link.replace(out_dir / "latest")
+        fsync_all(out_dir)
+    except Exception as error:  # OSError, and what torch and safetensors make of it
+        shutil.rmtree(temporary, ignore_errors=True)
+        problem = f"{folder} could not be written ({one_line(error)})"
+        run.print(f"warning: {problem}; free some space; {newest_checkpoint(run)}")
+        return False
+    older = [old for step, old in list_checkpoints(out_dir).items() if step <= run.step]  # a newer one is damaged
+    keep = run.config.evaluation.keep_checkpoints
+    for old in older[:-keep] if keep else []:
+        shutil.rmtree(old, ignore_errors=True)
+    return True
+
+
+def fsync_all(folder):
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def load_state(folder, mmap=False):
+    """A checkpoint's train_state.pt (see `Run.state_dict`) and its config. Raises UserError."""
+    path = Path(folder) / "train_state.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return state, TrainConfig(model=GPTConfig()).update(state["config"])
+    except Exception as error:  # zip, pickle and key errors of a damaged file, or there is none
+        raise UserError(f"{path}: damaged, or not that of a checkpoint ({one_line(error)})") from None
+
+
+def load_checkpoint(folder):
+    """Its folder, state, config, model and tokenizer. Raises UserError naming what is damaged."""
+    state, config = load_state(folder)
+    model = GPT(config.model)
+    load_model_weights(model, folder, model_type_of(config.model))
+    name = config.setup.tokenizer
+    tokenizer = fineweb.get_tokenizer(name if name in ("gpt2", "byte") else str(folder))
+    tokenizer.name = name
+    return SimpleNamespace(folder=folder, state=state, config=config, model=model, tokenizer=tokenizer)
+
+
+def choose_checkpoint(setup, world):
+    """The newest good checkpoint of out_dir with --resume, or that of --resume_from; None to begin a run."""
+    out_dir, folders = setup.out_dir, list_checkpoints(setup.out_dir)
+    if not (setup.resume or setup.resume_from) and (folders or Path(out_dir, "log.jsonl").exists()):
+        raise UserError(f"{out_dir} already holds a run; add --resume to continue it, or choose another --out_dir")
+    if setup.resume:
+        for folder in reversed(folders.values()):
+            try:
+                return load_checkpoint(folder)
+            except UserError as error:
+                world.print(f"not resumed from {folder.name}: {error}")
+    if not setup.resume_from:
+        return None
+    checkpoint = load_checkpoint(Path(setup.resume_from).resolve())
+    if not setup.resume and max(folders, default=0) > checkpoint.state["step"]:
+        raise UserError(f"{folders[max(folders)]} is newer than --resume_from: delete it, or give another --out_dir")
+    return checkpoint
+
+
+def open_checkpoint(setup, world):
+    """The checkpoint that rank 0 chooses, on every rank; None to begin a run."""
+    checkpoint = choose_checkpoint(setup, world) if world.rank == 0 else None
+    folder = world.from_rank_0(checkpoint and checkpoint.folder)
+    return checkpoint or (folder and load_checkpoint(folder))
+
+
+class RunLog:
+    """log.jsonl, one object a line, and the trackers beside it. Only rank 0 writes."""
+
+    def __init__(self, run):
+        system, out_dir = run.config.system, run.config.setup.out_dir
+        self.path = Path(out_dir, "log.jsonl")
+        lines = read_log(self.path) if run.step and self.path.exists() else []
+        about = {"kind": "config", "run_id": run.run_id, **run.config.flat()}
+        lines = [line for line in lines if line.get("step", 0) < run.step + (line["kind"] == "train")] or [about]
+        self.best_loss = min([line["loss"] for line in lines if line["kind"] == "val"], default=math.inf)
+        self.is_active = run.world.rank == 0
+        self.wandb = self.tensorboard = None
+        if not self.is_active:
+            return
+        if system.wandb:
+            import wandb
+            self.wandb = wandb.init(project=system.wandb, id=run.run_id, resume="allow", config=about, dir=out_dir)
+        if system.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.tensorboard = SummaryWriter(out_dir, purge_step=run.step + 1)
+        os.makedirs(out_dir, exist_ok=True)
+        if run.step == 0 and self.path.exists():
+            self.path.replace(f"{self.path}.old")
+        with fineweb.replacing(self.path) as f:
+            f.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def write(self, kind, step, **values):
+        if kind == "val":
+            self.best_loss = min(self.best_loss, values["loss"])
+        if not self.is_active:
+            return
+        values = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        except OSError as error:
+            raise RunFailed(f"{self.path}: {error.strerror}; free some space, then add --resume") from None
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
+        if self.wandb:
+            self.wandb.log({"step": step, **numbers})
+        for name, value in numbers.items() if self.tensorboard else ():
+            self.tensorboard.add_scalar(name, value, step)
+
+    def close(self):
+        if self.wandb:
+            self.wandb.finish()
+        if self.tensorboard:
+            self.tensorboard.close()
+
+
+def read_log(path):
+    """The lines of a log.jsonl; one that a killed run left unfinished is left out."""
+    with open(path) as f:
+        return [json.loads(line) for line in f if line.endswith("}\n")]
+
+# -----------------------------------------------------------------------------
+# processes and chips
 
 class RunFailed(UserError):
     """A run that could not go on, through no fault of the command line."""
@@ -936,982 +1271,362 @@ class RunFailed(UserError):
 class World:
     """The processes of the run, as torchrun started them; alone without it."""
 
-    def __init__(self, device="auto"):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
-        self.device_type = torch.device(self.device).type
+    def __init__(self):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.distributed = "RANK" in os.environ
+        if self.distributed:  # numbers and objects go over gloo, gradients over NCCL
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+    def use_device(self, name, deterministic=False):
+        self.device = hellaswag.pick_device(name)  # "cuda:3"
+        self.device_type = torch.device(self.device).type  # "cuda"
         if self.device_type == "cuda":
             torch.cuda.set_device(self.device)
-        if self.distributed:
-            store, *_ = next(dist.rendezvous("env://", self.rank, self.size))
-            dist.init_process_group("nccl" if self.device_type == "cuda" else "gloo", rank=self.rank, world_size=self.size,
-                                    store=dist.PrefixStore(self.agree_on_prefix(store), store))
-            self.store = store
-        # a node whose own workers were well restarts them without counting it
-        restarts = self.sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-        self.restarted = restarts > 0 and not self.store.add("refused", 0)
-
-    @property
-    def launcher(self):
-        """What a command line like this run's begins with."""
-        if not self.distributed:
-            return "python"
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
-        return f"torchrun --standalone --nproc_per_node={here}" if here == self.size else "torchrun …"
-
-    def refuse(self, message):
-        """Raises a UserError that torchrun's restarts do not take for a run to be resumed."""
-        if self.distributed:
-            self.store.add("refused", 1)
-        raise UserError(message)
-
-    def agree_on_prefix(self, store):
-        """torchrun keeps one store over its restarts, with the addresses of processes that are dead: a prefix for the
-        keys of those that live. Rank 0 chooses it and answers every greeting that it finds, until all have been heard."""
-        own = os.urandom(8).hex()
-        if self.rank > 0:
-            store.set(f"greeting {self.rank}", own)
-            prefix = store.get(own).decode()
-            store.add(prefix, 1)
-            return prefix
-        while store.add(own, 0) < self.size - 1:
-            for greeting in store.multi_get([f"greeting {rank}" for rank in range(1, self.size)]):
-                store.set(greeting.decode(), own)
-            time.sleep(0.02)
-        return own
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # what stays float32 on a GPU
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
 
     def print(self, text):
         if self.rank == 0:
-            from tqdm import tqdm
             tqdm.write(text)  # goes above a progress bar
             sys.stdout.flush()
 
-    def sum(self, value):
-        """All ranks' numbers added up."""
-        if not self.distributed:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.item()
-
-    def mean(self, *values):
-        """All ranks' means of these scalar tensors and numbers, as floats: one all-reduce, one read from the device."""
-        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in values])
+    def reduce(self, numbers, op=dist.ReduceOp.SUM):
+        """Each number's sum over the ranks, or what else `op` says."""
+        values = torch.tensor(numbers, dtype=torch.float64)
         if self.distributed:
-            dist.all_reduce(values)
-        return (values / self.size).tolist()
+            dist.all_reduce(values, op=op)
+        return values.tolist()
 
-    def min(self, value):
-        box = torch.tensor(value, device=self.device)
-        if self.distributed:
-            dist.all_reduce(box, op=dist.ReduceOp.MIN)
-        return box.item()
+    def mean(self, *numbers):
+        return [total / self.size for total in self.reduce(numbers)]
 
     def from_rank_0(self, value):
         box = [value]
         if self.distributed:
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=0, device="cpu")
         return box[0]
-
-    def fail(self, error):
-        """Ends this process for an error of its own or of another rank; the first rank to fail is the one that reports."""
-        first = True
-        if self.distributed:
-            try:
-                first = dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-            except Exception:  # the store died with the rank that had it
-                first = isinstance(error, UserError)
-        if not first:
-            os._exit(1)
-        raise error
 
     def close(self):
         if self.distributed:
             dist.destroy_process_group()
 
 
-def pick_device(device, local_rank):
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        raise UserError(f"--device {device}: not one of auto, cpu, cuda, cuda:N, mps")
-    if device.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-        raise UserError(f"--device {device}: for one process; the processes of torchrun take one device each with --device cuda")
-    if device == "cuda":
-        device = f"cuda:{local_rank}"
-    if device.startswith("cuda") and int(device[5:]) >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; "
-                        f"start as many processes as devices, or use --device cpu")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: not available here; use --device cpu")
-    return device
-
-
-def pick_dtype(name, device_type):
-    """The dtype of activations and matmuls; parameters stay in float32."""
-    dtype = hellaswag.pick_dtype(name, device_type)
-    old_gpu = name == "auto" and device_type == "cuda" and dtype == torch.float32
-    return torch.float16 if old_gpu else dtype
+def check_restarts(resume):
+    """Raises UserError where a job that torchrun starts again could not go on."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and not (resume and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"):
+        raise UserError("torchrun --max_restarts needs --resume from the first start, so that the job can go on, and "
+                        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it, so that its processes find each other")
 
 
 def autocast(device_type, dtype):
     return torch.autocast(device_type, dtype) if dtype != torch.float32 else nullcontext()
 
 
-def compiler_works(device):
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-        return True
-    except Exception:  # no C++ compiler, no Triton, an unknown chip, ...
-        return False
-
-# dense bf16 (fp16 where the chip has no bf16) FLOP/s with sums in fp32, from NVIDIA's data sheets and white papers
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L4": 121e12,
-              "T4": 65e12, "V100": 125e12, "RTX 3060": 25.5e12, "RTX 3070": 40.6e12, "RTX 3080": 59.5e12,
-              "RTX 3090": 71e12, "RTX 4070": 58.3e12, "RTX 4080": 97.5e12, "RTX 4090": 165.2e12, "RTX 5070": 61.7e12,
-              "RTX 5080": 112.6e12, "RTX 5090": 209.5e12}
-
-
-def flops_per_token(model):
-    """Of a training step: 6 per parameter in a matmul and 12 per layer, channel and key (PaLM's appendix B; nanoGPT)."""
-    c = model.config
-    positions = 0 if model.wpe is None else model.wpe.weight.numel()
-    keys = min(c.block_size, c.window or c.block_size)
-    return 6 * (model.num_parameters() - positions) + 12 * c.n_layer * c.n_head * c.head_dim * keys
+# dense bf16 (fp16 where the chip has no bf16) TFLOP/s with sums in fp32, from NVIDIA's data sheets and white papers
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L4": 121, "T4": 65,
+               "V100": 125, "RTX 3060": 25.5, "RTX 3070": 40.6, "RTX 3080": 59.5, "RTX 3090": 71, "RTX 4070": 58.3,
+               "RTX 4080": 97.5, "RTX 4090": 165.2, "RTX 5070": 61.7, "RTX 5080": 112.6, "RTX 5090": 209.5}
 
 
 def peak_flops(device_type):
     """Of one device, or None where it is unknown."""
     name = torch.cuda.get_device_name() if device_type == "cuda" else ""
-    return next((flops for chip, flops in PEAK_FLOPS.items()
-                 if re.search(rf"\b{chip}\b(?! Ti| SUPER| D| Laptop|.* MIG)", name)), None)
-
-# -----------------------------------------------------------------------------
-# evaluation and samples
-
-@torch.no_grad()
-def validate(model, corpus, tokens, batch_size, world, dtype):
-    """Mean loss in nats over the first `tokens` tokens of the corpus, rounded up to windows. It does not depend on
-    batch_size or world size: ranks take turns, and short batches are filled with ignored rows."""
-    windows = min(corpus.windows, math.ceil(tokens / corpus.block_size))
-    places = ((shard, w) for shard, count in enumerate(corpus.counts) for w in range(count))
-    places = list(islice(places, world.rank, windows, world.size))
-    sums, training = [], model.training
-    model.eval()
-    for i in range(0, len(places), batch_size):
-        batch = corpus.batch(places[i:i + batch_size])
-        batch = F.pad(batch, (0, 0, 0, batch_size - len(batch)), value=-1).to(world.device)
-        x, y = batch[:, :-1].clamp(min=0), batch[:, 1:].contiguous()
-        with autocast(world.device_type, dtype):
-            sums.append(model(x, y) * (y >= 0).sum())
-    model.train(training)
-    total = math.fsum(torch.stack(sums).tolist()) if sums else 0.0
-    return world.sum(total) / (windows * corpus.block_size)
-
-
-def uncompiled():
-    """A context for shapes that change with every call: compiling them would not pay."""
-    started = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if started else nullcontext()
-
-
-def sample_texts(model, tokenizer, prompt, count, max_new_tokens, world, dtype, seed=42):
-    """`count` texts that go on from the prompt. Every rank makes the same ones."""
-    idx = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]] * count, device=world.device)
-    generator = torch.Generator(world.device).manual_seed(seed)
-    with autocast(world.device_type, dtype), uncompiled():
-        rows = model.generate(idx, max_new_tokens, temperature=0.8, generator=generator).tolist()
-    return [tokenizer.decode(row[:row.index(tokenizer.eot, 1)] if tokenizer.eot in row[1:] else row) for row in rows]
-
-
-def open_hellaswag(path, world):
-    """The examples; without a path, None on every rank if one of them cannot download them."""
-    examples = problem = None
-    try:
-        examples = hellaswag.load_examples(path)
-    except UserError as error:
-        if path:
-            raise
-        problem = error
-    if world.min(int(problem is None)):
-        return examples
-    world.print(f"HellaSwag is left out: {problem or 'another process could not read it'}")
-
-
-def score_hellaswag(model, examples, tokenizer, world, dtype):
-    """A dict with acc, acc_norm and n; all ranks share the work."""
-    with autocast(world.device_type, dtype), uncompiled():
-        return hellaswag.evaluate(model, examples, tokenizer.encode, style="completion", device=world.device)
-
-# -----------------------------------------------------------------------------
-# checkpoints and the log
-
-def fsync_all(folder):
-    for path in (*Path(folder).iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def list_checkpoints(out_dir):
-    """The checkpoint folders, oldest first."""
-    found = (p for p in Path(out_dir).glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name))
-    return sorted(found, key=lambda p: int(p.name[5:]))
-
-
-def save_checkpoint(out_dir, step, model, tokenizer, state, keep):
-    """Writes out_dir/step_NNNNNN under a temporary name, flushes and renames it, points `latest` to it, then deletes
-    all but the newest `keep` (0: none). Raises UserError, with the older ones untouched, if it cannot be written."""
-    final = Path(out_dir) / f"step_{step:06d}"
-    temporary = Path(out_dir) / f".tmp_{final.name}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary, tokenizer)
-        torch.save(state, temporary / "train_state.pt")
-        fsync_all(temporary)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one that --resume stepped over
-        temporary.rename(final)
-        link = Path(out_dir) / ".tmp_latest"
-        link.unlink(missing_ok=True)
-        link.symlink_to(final.name)
-        link.replace(Path(out_dir) / "latest")
-        fsync_all(out_dir)
-    except Exception as error:  # OSError, and what torch and safetensors make of it
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RunFailed(f"{final} could not be written ({one_line(error)}); free some space; "
-                        f"the newest complete checkpoint is {(list_checkpoints(out_dir) or ['none'])[-1]}") from None
-    older = [p for p in list_checkpoints(out_dir) if int(p.name[5:]) <= step]  # a newer one is damaged
-    for old in older[:-keep] if keep else []:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
-
-
-def read_state(folder, **how):
-    """A checkpoint's train_state.pt. Raises UserError naming what is damaged."""
-    path = Path(folder) / "train_state.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, **how)
-        return state | {"model": GPTConfig(**state["model"])}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a checkpoint to resume from has one") from None
-    except Exception as error:  # zip, pickle and key errors of a damaged file
-        raise UserError(f"{path}: damaged ({one_line(error)})") from None
-
-
-def read_checkpoint(folder):
-    """A checkpoint's state, model and tokenizer. Raises UserError naming what is damaged."""
-    state = read_state(folder)
-    model = GPT(state["model"])
-    load_model_weights(model, Path(folder), describe_model(model.config)[1])
-    name = state["config"]["tokenizer"]
-    tokenizer = fineweb.get_tokenizer(name if name in ("gpt2", "byte") else str(folder))
-    tokenizer.name = name
-    return state, model, tokenizer
-
-
-def run_folder(resume):
-    """The out_dir of the checkpoint, or the run, that --resume names."""
-    path = Path(resume).resolve()
-    return path.parent if (path / "train_state.pt").exists() else path
-
-
-def find_checkpoint(out_dir, resume, world):
-    """The folder, state, model and tokenizer to resume from: the one that `resume` names, or out_dir's newest good one; None if
-    out_dir holds none."""
-    if resume != "auto" and (Path(resume) / "train_state.pt").exists():
-        return Path(resume).resolve(), *read_checkpoint(resume)
-    if resume != "auto":
-        out_dir = resume
-        if not list_checkpoints(out_dir):
-            raise UserError(f"--resume {resume}: no checkpoint there; name a step_NNNNNN folder or a run's --out_dir")
-    for folder in reversed(list_checkpoints(out_dir)):
-        try:
-            return folder, *read_checkpoint(folder)
-        except UserError as error:
-            world.print(f"not resumed from {folder.name}: {error}")
+    for chip, teraflops in PEAK_TFLOPS.items():
+        if re.search(rf"\b{chip}\b(?! Ti| SUPER| D| Laptop|.* MIG)", name):
+            return teraflops * 1e12
     return None
 
 
-class RunLog:
-    """log.jsonl, one object a line, and the trackers beside it. Only rank 0 writes."""
-
-    def __init__(self, world, config, step, description):
-        self.path, self.active, self.wandb, self.board = Path(config.out_dir) / "log.jsonl", world.rank == 0, None, None
-        kept = [line for line in read_log(self.path) if line.get("step", 0) <= step] if step and self.path.exists() else []
-        self.done = {(line["kind"], line["step"]) for line in kept if line["kind"] not in ("config", "train")}
-        self.best = min((line["loss"] for line in kept if line["kind"] == "val"), default=math.inf)
-        if not self.active:
-            return
-        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-        kept = kept or [{"kind": "config", **description}]
-        temporary = self.path.with_name(".tmp_log.jsonl")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self.path)  # lines of steps that will be taken again are gone
-        run_id = kept[0].get("run_id")
-        if config.wandb:
-            wandb = import_optional("wandb", "--wandb")
-            self.wandb = wandb.init(project=config.wandb, id=run_id, resume="allow", config=description, dir=config.out_dir)
-        if config.tensorboard:
-            import_optional("tensorboard", "--tensorboard")
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(config.out_dir, purge_step=step + 1)
-
-    def write(self, kind, step, **values):
-        self.done.add((kind, step))
-        if kind == "val":
-            self.best = min(self.best, values["loss"])
-        if not self.active:
-            return
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        try:
-            with open(self.path, "a") as f:
-                f.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        except OSError as error:
-            raise RunFailed(f"{self.path}: {error.strerror}; free some space, then add --resume") from None
-        numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
-        if self.wandb:
-            self.wandb.log({"step": step, **numbers})
-        if self.board:
-            for name, value in numbers.items():
-                self.board.add_scalar(name, value, step)
-
-    def close(self):
-        if self.wandb:
-            self.wandb.finish()
-        if self.board:
-            self.board.close()
-
-
-def read_log(path):
-    """The lines of a log.jsonl; a line that a killed run left unfinished is left out. Raises UserError."""
-    lines = []
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; a run writes it to its --out_dir") from None
-    for line in text.splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
-
-
-def import_optional(name, wanted_by):
-    import importlib
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"{wanted_by} needs the package {name}: pip install {name}") from None
+def flops_per_token(model):
+    """Of a training step: 6 per parameter in a matmul and 12 per layer, channel and key (PaLM's appendix B)."""
+    config = model.config
+    positions = 0 if model.wpe is None else model.wpe.weight.numel()
+    keys = min(config.block_size, config.window or config.block_size)
+    return 6 * (model.num_parameters() - positions) + 12 * config.n_layer * config.n_head * config.head_dim * keys
 
 # -----------------------------------------------------------------------------
-# training
+# Transformers' formats
 
-def default_data():
-    shards = HERE / "edu_fineweb10B"
-    return os.path.relpath(shards if fineweb.list_shards(shards, "train") else HERE / "input.txt")
-
-
-def resolve(given):
-    """Config, model and tokenizer of a new run, from the flags given, and notes for the user. A flag left alone follows
-    the preset, and then what was set."""
-    data = given.get("data") or default_data()
-    if not os.path.exists(data):
-        raise UserError(f"--data {data}: no such file or folder; python fineweb.py makes shards, "
-                        f"and without --data the script trains on input.txt")
-    shards = os.path.isdir(data)
-    values = {"preset": "gpt2" if shards else "tiny", **given, "data": data}
-    values = {**PRESETS[values["preset"]], **values}
-    if shards:
-        values["tokenizer"] = shard_tokenizer(data)
-        if given.get("tokenizer", values["tokenizer"]) != values["tokenizer"]:
-            raise UserError(f"--tokenizer {given['tokenizer']}: the shards in {data} are {values['tokenizer']} tokens")
-    config = TrainConfig(**pick(values, TrainConfig))
-    check(config)
-    torch.manual_seed(config.seed)
-    if config.init_from == "scratch":
-        tokenizer = fineweb.get_tokenizer(config.tokenizer)
-        model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, eot=tokenizer.eot, **pick(values, GPTConfig)))
-    else:
-        model, tokenizer = open_for_tuning(config, given, shards)
-    notes = []
-    for name, part, words in (("warmup_steps", 10, "warm-up shortened to {} steps, a tenth of the run"),
-                              ("momentum_warmup_steps", 5, "momentum's warm-up shortened to {} steps, a fifth of the run")):
-        most = config.max_steps // part
-        if name not in given and getattr(config, name) > most:
-            setattr(config, name, most)
-            notes.append(f"{words.format(most)} (--{name})")
-    T = model.config.block_size
-    if "total_batch_size" not in given and config.total_batch_size % T:
-        config.total_batch_size = max(1, round(config.total_batch_size / T)) * T
-        notes.append(f"{config.total_batch_size:,} tokens a step, to hold whole blocks of {T} (--total_batch_size)")
-    return config, model, tokenizer, notes
+GPT2_NAMES = dict(n_layer="n_layer", n_head="n_head", n_embd="n_embd", n_hidden="n_inner", block_size="n_positions",
+                  vocab_size="vocab_size", eot="eos_token_id", norm_eps="layer_norm_epsilon", dropout="resid_pdrop",
+                  tied="tie_word_embeddings")
+LLAMA_NAMES = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
+                   n_embd="hidden_size", n_hidden="intermediate_size", head_dim="head_dim", vocab_size="vocab_size",
+                   block_size="max_position_embeddings", eot="eos_token_id", norm_eps="rms_norm_eps",
+                   rope_theta="rope_theta", dropout="attention_dropout", tied="tie_word_embeddings")
+LLAMA_PARTS = dict(rope=True, rmsnorm=True, swiglu=True)
+OWN_TYPE = "train_gpt2"
+FORMATS = {  # model_type: the fields of GPTConfig that its models have in common; the others' names in config.json
+    "gpt2": (dict(rope=False, rmsnorm=False, swiglu=False, qk_norm=False, window=0, bias=True), GPT2_NAMES),
+    "llama": ({**LLAMA_PARTS, "qk_norm": False, "window": 0}, {**LLAMA_NAMES, "bias": "mlp_bias"}),
+    "mistral": ({**LLAMA_PARTS, "qk_norm": False, "bias": False}, {**LLAMA_NAMES, "window": "sliding_window"}),
+    "qwen3": ({**LLAMA_PARTS, "qk_norm": True, "bias": False}, {**LLAMA_NAMES, "window": "sliding_window"}),
+    OWN_TYPE: ({}, {field.name: field.name for field in fields(GPTConfig)}),
+}
+LLAMA_MODULES = {  # Mistral's and Qwen3's too; they keep apart what c_attn has in one matrix
+    "wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head", "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm", "attn.c_attn": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm", "attn.c_proj": "self_attn.o_proj",
+    "mlp.c_gate": "mlp.gate_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj",
+}
 
 
-def pick(values, cls):
-    return {f.name: values[f.name] for f in fields(cls) if f.name in values}
+def model_type_of(config):
+    """The first that can say all of the model: its config comes back from such a config.json as it was. Ours can."""
+    config = replace(config, zero_init=False)  # says how training began, not what the model is
+    for model_type, (shared, _) in FORMATS.items():
+        has_parts = all(getattr(config, name) == value for name, value in shared.items())
+        if has_parts and from_hf_config(to_hf_config(config, model_type), model_type) == config:
+            return model_type
 
 
-def check(config):
-    for name in ("total_batch_size", "max_steps", "eval_tokens", "batch_size"):
-        if getattr(config, name) != "auto" and getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
-    for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "momentum_warmup_steps", "eval_every",
-                 "sample_every", "seed", "checkpoint_every", "keep_checkpoints", "hellaswag_every", "loss_chunks"):
-        if (getattr(config, name) or 0) < 0:
-            raise UserError(f"--{name} {getattr(config, name)}: must not be negative")
-    for name, top in (("beta1", False), ("beta2", False), ("decay_fraction", True)):
-        if not (0 <= getattr(config, name) < 1 or top and getattr(config, name) == 1):
-            raise UserError(f"--{name} {getattr(config, name)}: must be between 0 and 1")
+def to_hf_config(config, model_type):
+    """What config.json says of the model."""
+    hf = {hf_name: getattr(config, name) for name, hf_name in FORMATS[model_type][1].items()}
+    if model_type == "gpt2":
+        hf |= {"activation_function": "gelu_new", "scale_attn_weights": True, "add_cross_attention": False,
+               "scale_attn_by_inverse_layer_idx": False}
+    elif model_type != OWN_TYPE:
+        hf |= {"hidden_act": "silu", "attention_bias": config.bias,
+               "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+    if "sliding_window" in hf:
+        hf["sliding_window"] = config.window or None
+    if model_type == "qwen3":  # it ignores a window without these
+        kind = "sliding_attention" if config.window else "full_attention"
+        hf |= {"use_sliding_window": config.window > 0, "layer_types": config.n_layer * [kind],
+               "max_window_layers": 0 if config.window else config.n_layer}
+    return hf
 
 
-def open_for_tuning(config, given, shards):
-    """The model and tokenizer of --init_from, which decide the shape; a fine-tuning rate unless one is given."""
-    shape = [f.name for f in fields(GPTConfig) if f.name in given and f.name not in ("dropout", "block_size")]
-    if shape:
-        raise UserError(f"--{shape[0]}: --init_from takes its shape from the model it opens; leave the flag out")
-    model, tokenizer = open_model(config.init_from, **pick(given, GPTConfig))
-    for source, name in (("--tokenizer", given.get("tokenizer")),
-                         (f"the shards in {config.data}", shards and config.tokenizer)):
-        if name and name != tokenizer.name:
-            raise UserError(f"{source}: {name} tokens, but the model of --init_from has its own, {tokenizer.name}")
-    config.tokenizer = tokenizer.name
-    config.lr = given.get("lr", 5e-5)
-    return model, tokenizer
-
-
-def restore(given, state, model, folder):
-    """The config of a run that is resumed: its own, but for the flags marked live."""
-    config = TrainConfig(**state["config"])
-    was = {**asdict(model.config), **asdict(config)}
-    live = {f.name for f in fields(TrainConfig) if f.metadata.get("live")} | {"out_dir"}
-    for name, value in given.items():
-        same = os.path.realpath(value) == os.path.realpath(was[name]) if name == "data" else value == was[name]
-        if name not in live and not same:
-            raise UserError(f"--{name} {value}: the run in {folder} has {was[name]}, and a resumed run cannot change it; "
-                            f"leave the flag out, or start a new run with another --out_dir")
-    for name in live & given.keys():
-        setattr(config, name, given[name])
-    if "batch_size" not in given:
-        config.batch_size = "auto"
-    check(config)
+def from_hf_config(hf, model_type, path="config.json"):
+    """The GPTConfig that a config.json, completed by Transformers, stands for. Raises UserError naming what the model
+    class does not have: what config.json would say otherwise of that GPTConfig."""
+    shared, names = FORMATS[model_type]
+    values = {name: hf[hf_name] for name, hf_name in names.items() if hf_name in hf} | shared
+    rope = hf.get("rope_parameters") or {}
+    values["rope_theta"] = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
+    values["window"] = values.get("window") or 0
+    if isinstance(values["eot"], list):
+        values["eot"] = values["eot"][0]
+    config = GPTConfig(**values)
+    for name, value in to_hf_config(config, model_type).items():
+        is_same = hf.get(name, value) == value or name in ("rope_theta", "n_inner", "eos_token_id", "max_window_layers")
+        if not is_same and hf[name] != "gelu_pytorch_tanh":  # another name of gelu_new
+            raise UserError(f"{path}: {name} = {hf[name]!r} is not supported (only {value!r})")
     return config
 
 
-def split_batch(config, model, world, dtype, previous):
-    """The batch size of a micro-step and the number of micro-steps. `previous`: what the run had before, kept if it
-    divides. Raises UserError naming what works."""
-    T, total = model.config.block_size, config.total_batch_size
-    if total % (T * world.size):
-        unit = T * world.size
-        raise UserError(f"--total_batch_size {total} does not divide into {world.size} x --block_size {T}; "
-                        f"near it, {max(1, total // unit) * unit} and {(total // unit + 1) * unit} do")
-    sequences = total // (T * world.size)
-    size = config.batch_size
-    if size == "auto":
-        fitting = [d for d in range(1, sequences + 1) if sequences % d == 0]
-        if previous in fitting:
-            size = previous
-        elif world.device_type == "cuda":
-            size = largest_batch(model, [d for d in fitting if d & (d - 1) == 0], world, dtype)
-        else:
-            size = max(d for d in fitting if d == 1 or d * T <= 8192)  # a CPU gains nothing from more
-    elif sequences % size:
-        raise UserError(f"--batch_size {size} does not divide the {sequences} sequences that each device has in a step; "
-                        f"these do: {divisors(sequences)}")
-    return size, sequences // size
-
-
-def micro_step(model, size, world, dtype):
-    """A forward and a backward pass of so many sequences, with gradients held, as after a first micro-step."""
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    x = torch.zeros(size, model.config.block_size, dtype=torch.long, device=world.device)
-    with autocast(world.device_type, dtype), uncompiled():
-        model(x, x).backward()
-
-
-def largest_batch(model, sizes, world, dtype):
-    """The largest of the sizes that fits on the GPU, from what micro-steps of a few and of twice as many sequences take:
-    enough of them that their activations outweigh what a backward pass needs for any."""
-    few, peaks, chunks = min(max(1, 4096 // model.config.block_size), max(sizes) // 2), [], model.loss_chunks
-    while few and len(peaks) < 2:
-        peaks = []
-        try:
-            for size in (few, 2 * few):
-                model.loss_chunks = chunks or 4 * size // few  # of one length: the logits are no cost per sequence
-                torch.cuda.reset_peak_memory_stats()
-                micro_step(model, size, world, dtype)
-                peaks.append(torch.cuda.max_memory_allocated())
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            few //= 2
-        model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-    model.loss_chunks = chunks
-    largest = 1
-    if few:
-        free, used = torch.cuda.mem_get_info()[0], torch.cuda.memory_allocated()
-        per_sequence, later = (peaks[1] - peaks[0]) / few, (2 + world.distributed) * used  # AdamW's moments, DDP's buckets
-        room = 0.92 * (free + used) - later - (2 * peaks[0] - peaks[1])
-        largest = max([size for size in sizes if size * per_sequence <= room], default=1)
-    return world.min(largest)  # the same on all ranks
-
-
-def is_out_of_memory(error):
-    """CUDA's kind, or what MPS and the CPU raise for it."""
-    return isinstance(error, torch.OutOfMemoryError) or bool(re.search("out of memory|can't allocate memory", str(error)))
-
-
-def out_of_memory(run):
-    """The error for a run whose micro-step did not fit, naming a batch that does: tried, smaller and smaller."""
-    size, run.ddp = run.batch_size, None
-    for fitting in reversed([d for d in range(1, size) if (size * run.micro_steps) % d == 0 and d & (d - 1) == 0]):
-        run.model.zero_grad(set_to_none=True)
-        if run.world.device_type != "cpu":
-            getattr(torch, run.world.device_type).empty_cache()
-        try:
-            later = 2 * (run.step == 0) + run.world.distributed  # AdamW's moments, DDP's buckets
-            held = [torch.empty_like(p) for p in run.model.parameters() for _ in range(later)]
-            micro_step(run.model, fitting, run.world, run.dtype)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            continue
-        finally:
-            held = None
-        return RunFailed(f"out of memory with --batch_size {size}; {fitting} fits: add --batch_size {fitting} (the tokens "
-                         f"of a step, and so the losses, stay the same); {newest(run.config.out_dir)}")
-    return RunFailed(f"out of memory with --batch_size {size}, and with 1; a smaller --block_size or model is needed")
-
-
-class StopRequest:
-    """Notes SIGINT and SIGTERM; the training loop ends after the step at hand. A second one stops at once."""
-
-    def __init__(self):
-        self.at = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
-
-    def __call__(self, number, frame):
-        patience = 3 if "TORCHELASTIC_RUN_ID" in os.environ else 0  # torchrun passes on a Ctrl-C that came here already
-        if self.at is None:
-            self.at = time.time()
-        elif time.time() - self.at > patience:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-
-class Run:
-    """Everything that a training run has: made once, changed by `train_step`, saved by `save`."""
-
-    def __init__(self, given, world):
-        self.world, self.stop = world, StopRequest()
-        resume = given.get("resume") or ("auto" if world.restarted else None)
-        if world.restarted and resume != "auto":
-            home = given.get("out_dir") or run_folder(resume)
-            if list_checkpoints(home):  # they are newer than the one that --resume named at the first start
-                given, resume = {**given, "out_dir": str(home)}, "auto"
-        found = self.find(given, resume)
-        if found:
-            folder, state, self.model, self.tokenizer = found
-            self.config = restore(given, state, self.model, folder)
-            self.config.out_dir = given.get("out_dir", str(folder.parent))
-            newer = [p for p in list_checkpoints(self.config.out_dir) if int(p.name[5:]) > state["step"]]
-            if resume != "auto" and newer:
-                raise UserError(f"--resume {resume}: {newer[-1]} is newer; to go back to step {state['step']}, "
-                                f"delete what is newer or give another --out_dir")
-            self.step = self.saved = state["step"]
-            notes = [f"resumed from {folder} at step {state['step']}"]
-        else:
-            self.config, self.model, self.tokenizer, notes = resolve(given)
-            self.step, self.saved, state = 0, None, None
-        config = self.config
-        set_precision(config.deterministic)
-        self.dtype = pick_dtype(config.dtype, world.device_type)
-        self.model.to(world.device)
-        self.model.loss_chunks = config.loss_chunks
-        self.train_data, self.val_data = open_data(config.data, self.tokenizer, self.model.config.block_size)
-        self.batch_size, self.micro_steps = split_batch(config, self.model, world, self.dtype, state and state["batch_size"])
-        self.compiled = self.compile(notes)
-        self.ddp = self.model
-        if world.distributed:
-            ddp = nn.parallel.DistributedDataParallel
-            known = signature(ddp).parameters
-            sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.13
-            self.ddp = ddp(self.model, gradient_as_bucket_view=True, **{sync: False})
-        self.optimizers = make_optimizers(self.model, config, world.device_type)
-        self.scaler = torch.amp.GradScaler(world.device_type, enabled=self.dtype == torch.float16)
-        self.loader = Loader(self.train_data, self.batch_size, world, config.seed)
-        self.skipped, self.run_id = 0, f"{time.time_ns():x}"
-        if state:
-            self.load_state_dict(state)
-        self.log = RunLog(world, config, self.step, {"run_id": self.run_id, **asdict(config), **asdict(self.model.config)})
-        self.examples = open_hellaswag(config.hellaswag_data, self.world) if config.hellaswag_every else None
-        self.describe(notes)
-
-    def find(self, given, resume):
-        """The checkpoint to go on from, or None to start; rank 0 chooses for all."""
-        out_dir, world = given.get("out_dir", TrainConfig.out_dir), self.world
-        found = None
-        if world.rank == 0:
-            if resume:
-                found = find_checkpoint(out_dir, resume, world)
-            elif list_checkpoints(out_dir) or (Path(out_dir) / "log.jsonl").exists():
-                world.refuse(f"{out_dir} already holds a run; add --resume to continue it, or choose another --out_dir")
-        folder = world.from_rank_0(found and str(found[0]))
-        if folder and world.rank > 0:
-            found = Path(folder), *read_checkpoint(folder)
-        return found
-
-    def compile(self, notes):
-        wanted = self.config.compile
-        if wanted is None:
-            wanted = self.world.device_type != "mps"
-        if wanted and not compiler_works(self.world.device):
-            notes.append("no working compiler here: training uncompiled, slower (--no-compile drops this note)")
-            wanted = False
-        if wanted:
-            self.model.compile()
-        return wanted
-
-    def describe(self, notes):
-        c, w, T = self.config, self.world, self.model.config.block_size
-        tokens = self.train_data.windows * T
-        w.print(f"data    {c.data}: {tokens:,} tokens to train on, {self.val_data.windows * T:,} to validate, "
-                f"{c.tokenizer} (--data)\n"
-                f"model   {c.preset}: {self.model.num_parameters():,} parameters (--preset, --init_from)\n"
-                f"device  {w.size} x {w.device_type}, {str(self.dtype)[6:]}, {'' if self.compiled else 'not '}compiled "
-                f"(--device, --dtype, --compile)\n"
-                f"batch   {c.total_batch_size:,} tokens a step = {plural(w.size, 'device')} x "
-                f"{plural(self.micro_steps, 'micro-step')} x {plural(self.batch_size, 'sequence')} x {plural(T, 'token')} "
-                f"(--total_batch_size, --batch_size)\n"
-                f"run     {c.max_steps:,} steps, {c.max_steps * c.total_batch_size / tokens:.2f} times through the data, "
-                f"logged and saved in {c.out_dir}/ (--max_steps, --out_dir)")
-        if transformers_type(self.model.config) == OWN_TYPE:
-            notes.append("Transformers has no such mixture of parts: only this script will read the checkpoints")
-        for note in notes:
-            w.print(f"note    {note}")
-
-    def state_dict(self):
-        """Tensors and plain values only. Randomness needs no state: each step seeds from (seed, step, rank)."""
-        return {"step": self.step, "config": asdict(self.config), "model": asdict(self.model.config),
-                "optimizers": [o.state_dict() for o in self.optimizers], "scaler": self.scaler.state_dict(),
-                "loader": self.loader.state_dict(), "batch_size": self.batch_size, "skipped": self.skipped,
-                "run_id": self.run_id}
-
-    def load_state_dict(self, state):
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        self.loader.load_state_dict(state["loader"])
-        self.skipped, self.run_id = state["skipped"], state["run_id"]
-
-    def train_step(self):
-        """One optimizer step. Returns what `log.jsonl` holds of it, and whether a signal asked any rank to stop."""
-        started, config, world = time.time(), self.config, self.world
-        seed_everything(config.seed, self.step, world.rank)
-        total = torch.zeros((), device=world.device)
-        for micro in range(self.micro_steps):
-            x, y = self.loader.next_batch()
-            if world.distributed:  # gradients meet once a step
-                self.ddp.require_backward_grad_sync = micro == self.micro_steps - 1
-            with autocast(world.device_type, self.dtype):
-                loss = self.ddp(x, y)
-            self.scaler.scale(loss / self.micro_steps).backward()
-            total += loss.detach() / self.micro_steps
-        lr, momentum = learning_rate(self.step, config), muon_momentum(self.step, config)
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-                if "momentum" in group:  # Muon's
-                    group["momentum"] = momentum
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        loss, norm, stop = world.mean(total, norm, self.stop.at is not None)  # the step's one host read
-        for optimizer in self.optimizers:
-            if math.isfinite(norm):  # not the scaler's own test, which is an optimizer's: one bad gradient stops both
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()
-        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
-        self.step += 1
-        seconds = time.time() - started
-        rate = config.total_batch_size / seconds
-        peak = peak_flops(world.device_type)
-        line = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": self.step * config.total_batch_size,
-                "seconds": seconds, "tokens_per_second": rate,
-                "mfu": rate * flops_per_token(self.model) / (peak * world.size) if peak else None}
-        return line | ({"skipped": True} if self.skipped else {}), stop > 0
-
-    def save(self):
-        """Returns False, having said why, if the checkpoint could not be written."""
-        problem = None
-        if self.world.rank == 0:
-            try:
-                save_checkpoint(self.config.out_dir, self.step, self.model, self.tokenizer, self.state_dict(),
-                                self.config.keep_checkpoints)
-            except RunFailed as error:
-                problem = str(error)
-        problem = self.world.from_rank_0(problem)
-        if problem:
-            self.world.print(f"warning: {problem}")
-        else:
-            self.saved = self.step
-        return not problem
-
-    def evaluate(self):
-        """Whatever is due after this step. What the log has already (before a resume) is not done again."""
-        c, model, world, log = self.config, self.model, self.world, self.log
-        if self.due("val", c.eval_every):
-            loss = validate(model, self.val_data, c.eval_tokens, self.batch_size, world, self.dtype)
-            log.write("val", self.step, loss=loss, perplexity=math.exp(min(loss, 700)))
-            world.print(f"step {self.step:>6,}  validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):,.2f}"
-                        f"  (best loss {log.best:.4f})")
-        if self.examples and self.due("hellaswag", c.hellaswag_every):
-            score = score_hellaswag(model, self.examples, self.tokenizer, world, self.dtype)
-            log.write("hellaswag", self.step, **{k: score[k] for k in ("acc", "acc_norm", "n")})
-            world.print(f"step {self.step:>6,}  HellaSwag acc {score['acc']:.2%}, acc_norm {score['acc_norm']:.2%} "
-                        f"of {score['n']:,}")
-        if self.due("sample", c.sample_every):
-            prompt = SAMPLE_PROMPTS.get(self.tokenizer.name, "\n")
-            text = sample_texts(model, self.tokenizer, prompt, 1, 200, world, self.dtype)[0]
-            log.write("sample", self.step, text=text)
-            if not c.quiet:
-                world.print(f"step {self.step:>6,}  sample:\n{text.strip()}\n")
-
-    def due(self, kind, every):
-        now = every > 0 and self.step > 0 and (self.step == self.config.max_steps or self.step % every == 0)
-        return now and (self.saved != self.step if kind == "checkpoint" else (kind, self.step) not in self.log.done)
-
-
-def plural(n, noun):
-    return f"{n:,} {noun}{'s' if n != 1 else ''}"
-
-
-SAMPLE_PROMPTS = {"gpt2": "Hello, I'm a language model,"}
-
-
-def seed_everything(*key):
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-
-
-def set_precision(deterministic):
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # what stays float32 on a GPU
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-
-
-class Progress:
-    """The terminal during a run: a bar with loss, rate and time left, or a line now and then where it is no terminal."""
-
-    def __init__(self, run):
-        from tqdm import tqdm
-        self.run, self.first, self.printed = run, run.step, time.time()
-        self.plain = not sys.stderr.isatty() and not run.config.quiet and run.world.rank == 0
-        self.bar = tqdm(total=run.config.max_steps, initial=run.step, unit="step", dynamic_ncols=True,
-                        disable=self.plain or run.config.quiet or run.world.rank > 0)
-
-    def update(self, line):
-        text = f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s"
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
-        done, left = self.run.step - self.first, self.run.config.max_steps - self.run.step
-        if done == 1:
-            self.clock = time.time()  # the first step compiles
-        if done == 10 and left > 10 and not self.run.config.quiet:
-            seconds = left * (time.time() - self.clock) / 9
-            self.run.world.print(f"step {self.run.step:>6,}  about {seconds / 60:,.1f} minutes of training left at this rate, "
-                                 f"evaluations aside")
-        if self.plain and (done == 1 or left == 0 or time.time() - self.printed > 10):
-            self.printed = time.time()
-            self.run.world.print(f"step {self.run.step:>6,}  {text}, lr {line['lr']:.2e}, norm {line['grad_norm']:.3f}")
-        if "skipped" in line:
-            self.run.world.print(f"step {self.run.step:>6,}  the gradient was not finite; the update was skipped")
-
-
-def run_training(given, world):
-    run = Run(given, world)
-    out_dir, stopped, progress = run.config.out_dir, False, Progress(run)
-    while True:
-        saved = run.save() if stopped and run.saved != run.step or run.due("checkpoint", run.config.checkpoint_every) else True
-        if stopped:
-            break
-        run.evaluate()
-        if run.step >= run.config.max_steps:
-            break
-        try:
-            line, stopped = run.train_step()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            line = None
-        if line is None:  # outside of the handler, whose traceback holds the tensors
-            raise out_of_memory(run)
-        run.log.write("train", run.step, **line)
-        progress.update(line)
-        if run.skipped == 10:
-            raise RunFailed(f"10 steps in a row had a gradient that was not finite, the last one step {run.step}; "
-                            f"{newest(out_dir)}; lower --lr, or look at the data")
-    progress.bar.close()
-    run.log.close()
-    if not saved:
-        raise RunFailed(f"the last checkpoint could not be written; {newest(out_dir)}")
-    command = os.path.relpath(HERE / "train_gpt2.py")
-    if stopped:
-        world.print(f"stopped by a signal at step {run.step:,}; go on with:\n"
-                    f"  {world.launcher} {command} --out_dir {out_dir} --resume")
-    elif run.saved == run.step:
-        world.print(f"done at step {run.step:,}; sample from the model with:\n"
-                    f"  python {command} sample --checkpoint {out_dir}/latest --prompt \"ROMEO:\"")
-
-
-def newest(out_dir):
-    """The newest checkpoint, for a message."""
-    found = list_checkpoints(out_dir)
-    return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was written"
-
-
-def saved_device(given):
-    """The --device of the run that is resumed, perhaps on another number of devices."""
-    resume = given.get("resume")
-    folder = run_folder(resume) if resume not in (None, "auto") else Path(given.get("out_dir", TrainConfig.out_dir))
-    lines = read_log(folder / "log.jsonl") if resume and (folder / "log.jsonl").exists() else []
-    device = lines[0].get("device", "auto") if lines else "auto"
-    return device.split(":")[0] if "RANK" in os.environ else device
-
-
-def train(argv):
-    given = fineweb.parse_flags(argv, GPTConfig, TrainConfig, prog="train_gpt2.py", description=__doc__.strip())
-    world = World(given.get("device") or saved_device(given))
+def model_folder(name_or_folder):
+    """The local folder of a model; a name on the hub is downloaded. Raises UserError."""
+    if (Path(name_or_folder) / "config.json").exists():
+        return Path(name_or_folder)
+    from huggingface_hub import snapshot_download
     try:
-        run_training(given, world)
-    except (Exception, KeyboardInterrupt) as error:
-        world.fail(error)
-    world.close()
+        files = ["*.json", "model*.safetensors", "merges.txt"]
+        return Path(snapshot_download(str(name_or_folder), allow_patterns=files))
+    except Exception as error:  # the hub's many: no network, no such name, gated, ...
+        raise UserError(f"{name_or_folder}: no folder with config.json and model.safetensors, and the Hugging Face hub "
+                        f"gave no such model ({one_line(error)})") from None
+
+
+def read_model_config(folder):
+    """The GPTConfig of a model folder and its model_type. Raises UserError naming what our model does not have."""
+    path = folder / "config.json"
+    try:
+        hf = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    model_type = hf.get("model_type")
+    if model_type not in FORMATS:
+        raise UserError(f"{path}: model_type {model_type!r} is not supported (only gpt2, llama, mistral, qwen3)")
+    if model_type == OWN_TYPE:
+        for name in sorted(hf.keys() - FORMATS[OWN_TYPE][1].keys() - {"model_type", "tokenizer"}):
+            raise UserError(f"{path}: {name} = {hf[name]!r} is a part that this script does not have")
+    else:
+        import transformers
+        hf = transformers.AutoConfig.from_pretrained(folder).to_dict()  # fills in what the file leaves out
+    return from_hf_config(hf, model_type, path), model_type
+
+
+def hf_tensors(model, model_type):
+    """Yields (name, tensor) as Transformers has them. The tensors are views of our parameters: without padding rows,
+    GPT-2's matrices transposed, Llama's parts apart, a tied head left out."""
+    for name, p in model.named_parameters():
+        tensor = p.detach()
+        if name in ("wte.weight", "lm_head.weight"):
+            tensor = tensor[:model.config.vocab_size]
+        if model_type == OWN_TYPE or name == "lm_head.weight":
+            yield name, tensor
+        elif model_type == "gpt2":
+            is_transposed = ".c_" in name and name.endswith(".weight")  # its Conv1D
+            yield f"transformer.{name}", tensor.T if is_transposed else tensor
+        else:
+            *path, kind = name.split(".")  # ["h", "0", "attn", "c_attn"], "weight"
+            prefix = f"model.layers.{path[1]}." if path[0] == "h" else ""
+            hf_modules = LLAMA_MODULES[".".join(path[2:] or path)].split()
+            parts = tensor.split(model.h[0].attn.widths) if len(hf_modules) > 1 else [tensor]
+            for hf_module, part in zip(hf_modules, parts):
+                yield f"{prefix}{hf_module}.{kind}", part
+
+
+def load_model_weights(model, folder, model_type):
+    """Fills the model from the folder's safetensors. Raises UserError for what is missing, misshapen or left over."""
+    from safetensors.torch import load_file
+    files = sorted(folder.glob("model*.safetensors"))  # Mistral's repositories hold the same under another name too
+    if not files:
+        raise UserError(f"{folder}: no model.safetensors; open the model in Transformers and save it again")
+    stored = {}
+    for file in files:
+        try:
+            stored |= load_file(file)
+        except Exception as error:  # safetensors' own, OSError, ...
+            raise UserError(f"{file}: not a whole safetensors file ({one_line(error)}); take another copy") from None
+    for name, tensor in hf_tensors(model, model_type):
+        name = name if name in stored else name.removeprefix("transformer.")  # as OpenAI's file on the hub has it
+        if name not in stored:
+            raise UserError(f"{folder}: the weights lack {name}, which config.json asks for")
+        value = stored.pop(name)
+        if name.endswith("wpe.weight"):
+            value = value[:model.config.block_size]
+        if value.shape != tensor.shape:
+            raise UserError(f"{folder}: {name} has shape {list(value.shape)}, by config.json {list(tensor.shape)}")
+        tensor.copy_(value)
+    for name in stored:
+        is_derived = name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))  # in old files
+        if not is_derived and not (model.config.tied and name == "lm_head.weight"):
+            raise UserError(f"{folder}: the weights hold {name}, which this model class does not have")
+
+
+def open_model(name_or_folder, **overrides):
+    """A model and its tokenizer."""
+    folder = model_folder(name_or_folder)
+    model = GPT.from_pretrained(folder, **overrides)
+    name = json.loads((folder / "config.json").read_text()).get("tokenizer")
+    if name in ("gpt2", "byte"):  # ours says its name; others come with files
+        return model, fineweb.get_tokenizer(name)
+    gpt2 = fineweb.get_tokenizer("gpt2") if model.config.vocab_size == 50257 else None
+    if any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        tokenizer = fineweb.get_tokenizer(str(folder))
+        return model, gpt2 if gpt2 and tokenizer.equals(gpt2) else tokenizer
+    if gpt2 is None:
+        raise UserError(f"{name_or_folder}: no tokenizer files beside the model; save its tokenizer there")
+    return model, gpt2
 
 # -----------------------------------------------------------------------------
 # commands
 
-@dataclass
-class SampleConfig:
-    checkpoint: str = flag("log/latest", "a checkpoint, a model folder, or a Hugging Face name (gpt2)",
-                           metavar="MODEL")
-    prompt: str = flag("\n", "text to go on from", default_text="a line break")
-    num_samples: int = flag(1, "texts, one after the other")
-    max_new_tokens: int = flag(500, "tokens of each at most; it ends earlier at end-of-text")
-    temperature: float = flag(0.8, "0: always the likeliest token; 1: the model's own spread")
-    top_k: int = flag(50, "choose among this many likeliest tokens; 0: all")
-    seed: int = flag(42, "of the choice; the same seed gives the same text")
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+def train(argv):
+    world = World()
+    run = start_run(argv, world)
+    try:
+        training_loop(run)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        size, sequences = run.batch_size, run.batch_size * run.micro_steps
+        remedies = ["a smaller --block_size or model is needed"]
+        remedies += [f"add --batch_size {n} (the losses stay the same)" for n in range(1, size) if sequences % n == 0]
+        raise RunFailed(f"out of memory with --batch_size {size}; {remedies[-1]}; {newest_checkpoint(run)}") from None
+    del run  # and DDP with it, which must not outlive the process group
+    world.close()
 
 
 @dataclass
-class EvalConfig:
-    checkpoint: str = flag("log/latest", "a checkpoint, a model folder, or a Hugging Face name (gpt2)",
-                           metavar="MODEL")
-    data: str | None = flag(None, "a folder of shards or a text file, whose validation part is used",
-                            default_text="the run's")
-    eval_tokens: int | None = flag(None, "validation tokens to use", default_text="the run's")
-    hellaswag_data: str | None = flag(None, "HellaSwag's jsonl", default_text="downloaded")
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-
-
-@dataclass
-class PlotConfig:
-    out_dir: str = flag("log", "run folders to draw, one line each", nargs="+")
-    x: str = flag("step", "the horizontal axis", choices=["step", "tokens", "seconds"])
-    output: str = flag("loss.png", "picture to write")
-
-
-def given_config(cls, argv, name, description):
-    return cls(**fineweb.parse_flags(argv, cls, prog=f"train_gpt2.py {name}", description=description))
+class SampleFlags:
+    checkpoint: str = "log/latest"  # a checkpoint, a model folder, or a Hugging Face name (gpt2)
+    prompt: str = "\n"  # text to go on from
+    num_samples: int = 1  # texts, one after the other
+    max_new_tokens: int = 500  # tokens of each at most; it ends earlier at end-of-text
+    temperature: float = 0.8  # 0: always the likeliest token; 1: the model's own spread
+    top_k: int = 50  # choose among this many likeliest tokens; 0: all
+    seed: int = 42  # of the choice; the same seed gives the same text
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
 def sample(argv):
-    c = given_config(SampleConfig, argv, "sample", "Writes text with a trained model.")
-    if c.temperature < 0 or c.top_k < 0 or c.max_new_tokens < 0 or c.num_samples < 1:
-        raise UserError("--temperature, --top_k and --max_new_tokens must not be negative, --num_samples at least 1")
-    device = pick_device(c.device, 0)
-    model, tokenizer = open_model(c.checkpoint)
+    flags = fineweb.parse_flags(SampleFlags, argv, "train_gpt2.py sample", "Writes text with a trained model.")
+    check_ranges(vars(flags))
+    device = hellaswag.pick_device(flags.device)
+    model, tokenizer = open_model(flags.checkpoint)
     model.to(device)
-    prompt = torch.tensor([tokenizer.encode(c.prompt) or [tokenizer.eot]], device=device)
-    generator = torch.Generator(device).manual_seed(c.seed)
-    for i in range(c.num_samples):
-        print(c.prompt.lstrip("\n") if i == 0 else "\n---\n" + c.prompt.lstrip("\n"), end="", flush=True)
-        ids, shown = prompt[0].tolist(), tokenizer.decode(prompt[0].tolist())  # some decoders drop a text's first space
-        for token in model.stream(prompt, c.max_new_tokens, c.temperature, c.top_k, generator):
-            if token.item() == model.config.eot:
-                break
-            ids.append(token.item())
-            text = tokenizer.decode(ids)
-            if not text.endswith("\ufffd"):  # a character whose other bytes are still to come
-                print(text[len(shown):], end="", flush=True)
-                shown = text
-        print(tokenizer.decode(ids)[len(shown):], flush=True)
+    generator = torch.Generator(device).manual_seed(flags.seed)
+    for i in range(flags.num_samples):
+        print("\n---\n" if i else "", flags.prompt.lstrip("\n"), sep="", end="", flush=True)
+        for text in stream_text(model, tokenizer, flags, generator):
+            print(text, end="", flush=True)
+        print()
+
+
+@dataclass
+class EvalFlags:
+    checkpoint: str = "log/latest"  # a checkpoint, a model folder, or a Hugging Face name (gpt2)
+    data: str | None = None  # a folder of shards or a text file, whose validation part is used; None: the run's
+    eval_tokens: int | None = None  # validation tokens to use; None: as many as the run
+    hellaswag_data: str | None = None  # HellaSwag's jsonl; None: downloaded
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
 def evaluate(argv):
-    c = given_config(EvalConfig, argv, "eval", "Validation loss, perplexity and HellaSwag of a model.")
-    world = World(c.device)
-    dtype = pick_dtype("auto", world.device_type)
-    model, tokenizer = open_model(c.checkpoint)
-    ours = (Path(c.checkpoint) / "train_state.pt").exists()
-    run = TrainConfig(**read_state(c.checkpoint, mmap=True)["config"]) if ours else TrainConfig(data=default_data())
-    data, tokens = c.data or run.data, run.eval_tokens if c.eval_tokens is None else c.eval_tokens
-    if tokens < 1:
-        raise UserError(f"--eval_tokens {tokens}: must be at least 1")
-    if not os.path.exists(data):
-        raise UserError(f"--data {data}: no such file or folder")
-    model.to(world.device)
+    flags = fineweb.parse_flags(EvalFlags, argv, "train_gpt2.py eval", "Scores a model: validation loss and HellaSwag.")
+    check_ranges(vars(flags))
+    world = World()
+    world.use_device(flags.device)
+    dtype = hellaswag.pick_dtype("auto", world.device_type, without_bfloat16=torch.float16)
+    model, tokenizer = open_model(flags.checkpoint)
+    is_checkpoint = Path(flags.checkpoint, "train_state.pt").exists()
+    config = load_state(flags.checkpoint, mmap=True)[1] if is_checkpoint else TrainConfig()
+    data = find_data(flags.data or config.setup.data)
+    tokens = flags.eval_tokens or config.evaluation.eval_tokens
     corpus = open_data(data, tokenizer, model.config.block_size)[1]
+    model.to(world.device)
     loss = validate(model, corpus, tokens, max(1, 8192 // model.config.block_size), world, dtype)
-    world.print(f"{data}: validation loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):,.3f}")
-    if examples := open_hellaswag(c.hellaswag_data, world):
+    world.print(f"{data}: validation loss {loss:.4f} nats a token, perplexity {math.exp(loss):,.3f}")
+    if examples := load_hellaswag(flags.hellaswag_data, world):
         score = score_hellaswag(model, examples, tokenizer, world, dtype)
         world.print(f"HellaSwag: acc {score['acc']:.2%}, acc_norm {score['acc_norm']:.2%} of {score['n']:,}")
     world.close()
 
 
-GPT2_VAL_LOSS, GPT2_HELLASWAG = 3.2924, 0.2955  # OpenAI's 124M weights on FineWeb-Edu and HellaSwag, by build-nanogpt
+@dataclass
+class PlotFlags:
+    out_dir: tuple[str, ...] = ("log",)  # run folders to draw, one line each
+    x: Literal["step", "tokens", "seconds"] = "step"  # the horizontal axis
+    output: str = "loss.png"  # picture to write
 
 
 def plot(argv):
-    c = given_config(PlotConfig, argv, "plot", "Draws the loss curves of runs.")
-    folders = [c.out_dir] if isinstance(c.out_dir, str) else c.out_dir
-    runs = {folder: read_log(Path(folder) / "log.jsonl") for folder in folders}
-    import_optional("matplotlib", "plot").use("Agg")
-    from matplotlib import pyplot as plt
-
-    scored = any(line["kind"] == "hellaswag" for lines in runs.values() for line in lines)
-    figure, all_axes = plt.subplots(1, 1 + scored, figsize=(7 * (1 + scored), 4.5), layout="constrained", squeeze=False)
-    axes = all_axes[0]
-    for folder, lines in runs.items():
-        steps = [line for line in lines if line["kind"] == "train" and line["loss"] is not None]
-        at, clock = {}, 0.0  # a step's place on the horizontal axis
-        for line in steps:
-            clock += line["seconds"]
-            at[line["step"]] = {"step": line["step"], "tokens": line["tokens"], "seconds": clock}[c.x]
-        color = axes[0].plot(list(at.values()), [line["loss"] for line in steps], alpha=0.3, lw=0.8)[0].get_color()
-        for i, (kind, value) in enumerate([("val", "loss"), ("hellaswag", "acc_norm")][:1 + scored]):
-            points = [(at[line["step"]], line[value]) for line in lines if line["kind"] == kind and line["step"] in at]
-            axes[i].plot(*zip(*points) if points else ([], []), "o-", color=color, label=folder)
-    if any(line.get("tokenizer") == "gpt2" and "fineweb" in line["data"] for lines in runs.values() for line in lines[:1]):
-        axes[0].axhline(GPT2_VAL_LOSS, ls="--", color="gray", label="OpenAI's GPT-2 124M")
-    if scored:
-        axes[1].axhline(GPT2_HELLASWAG, ls="--", color="gray", label="OpenAI's GPT-2 124M")
-        axes[1].set(xlabel=c.x, ylabel="HellaSwag, acc_norm")
-    axes[0].set(xlabel=c.x, ylabel="loss, nats a token (faint: training; dots: validation)")
-    for panel in axes:
-        panel.grid(alpha=0.3)
-        panel.legend()
-    figure.savefig(c.output, dpi=150)
-    print(f"wrote {c.output}")
+    flags = fineweb.parse_flags(PlotFlags, argv, "train_gpt2.py plot", "Draws the loss curves of runs.")
+    from matplotlib.figure import Figure
+    logs = {folder: read_log(Path(folder, "log.jsonl")) for folder in flags.out_dir}
+    is_gpt2s = any(log[0]["tokenizer"] == "gpt2" and "fineweb" in log[0]["data"] for log in logs.values() if log)
+    gpt2_loss = 3.2924 if is_gpt2s else None  # of OpenAI's 124M weights, as below, by build-nanogpt
+    panels = [("val", "loss", "loss, nats a token (faint: training; dots: validation)", gpt2_loss)]
+    if any(line["kind"] == "hellaswag" for log in logs.values() for line in log):
+        panels.append(("hellaswag", "acc_norm", "HellaSwag, acc_norm", 0.2955))
+    figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (kind, name, label, gpt2) in zip(axes, panels):
+        for i, (folder, log) in enumerate(logs.items()):
+            steps = [line for line in log if line["kind"] == "train"]
+            x = [line[flags.x] for line in steps]
+            x = np.cumsum(x) if flags.x == "seconds" else x
+            x_of = {line["step"]: value for line, value in zip(steps, x)}
+            if kind == "val":
+                axis.plot(x, [line["loss"] for line in steps], color=f"C{i}", alpha=0.3, lw=0.8)
+            points = [(x_of[line["step"]], line[name]) for line in log if line["kind"] == kind and line["step"] in x_of]
+            axis.plot(*np.array(points, dtype=float).reshape(-1, 2).T, "o-", color=f"C{i}", label=folder)
+        if gpt2:
+            axis.axhline(gpt2, ls="--", color="gray", label="OpenAI's GPT-2 124M")
+        axis.set(xlabel=flags.x, ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(flags.output, dpi=150)
+    print(f"wrote {flags.output}")
 
 
 def main(argv):

@@ -19,6 +19,7 @@ its own. Timings are medians over steps; on a machine that others share, compare
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import math
 import multiprocessing
@@ -33,6 +34,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn as nn
@@ -44,7 +46,7 @@ sys.path.insert(0, str(ROOT))
 import fineweb  # noqa: E402
 import hellaswag  # noqa: E402
 import train_gpt2  # noqa: E402
-from train_gpt2 import GPT, GPTConfig, TrainConfig, autocast, make_optimizers, pick_dtype  # noqa: E402
+from train_gpt2 import GPT, GPTConfig, RecipeFlags, autocast, make_optimizers  # noqa: E402
 
 GPT2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024)
 
@@ -102,6 +104,19 @@ def table(title, rows):
     return {"title": title, "rows": rows}
 
 
+def train(**flags):
+    """A run of train_gpt2.py. True stands for --flag, False for --no_flag; None leaves it out. Returns the log's lines."""
+    argv = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no_{name}")
+        elif value is not None:
+            argv += [f"--{name}", str(value)]
+    with contextlib.redirect_stdout(sys.stderr):  # the tables alone go to stdout
+        train_gpt2.train(argv)
+    return train_gpt2.read_log(Path(flags["out_dir"], "log.jsonl"))
+
+
 def chip(device):
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
@@ -144,7 +159,7 @@ def materialised_attention(q, k, v, dropout):
     T = q.size(2)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
     causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    return [scores.masked_fill(~causal, -torch.inf).softmax(dim=-1) @ v]
+    return scores.masked_fill(~causal, -torch.inf).softmax(dim=-1) @ v
 
 
 def plain_loss(x, weight, targets, vocab_size, chunks, need_grad):
@@ -175,7 +190,7 @@ def training_speed(device, batch_size, accumulation=1, steps=3, dtype="float32",
     if compiled:
         model.compile()
         torch._functorch.config.ban_recompute_materialized_backward = not recompute
-    optimizers = make_optimizers(model, TrainConfig(), device.split(":")[0])
+    optimizers = make_optimizers(model, RecipeFlags(), device.split(":")[0])
     if optimizer == "loop":
         groups = [{key: group[key] for key in ("params", "weight_decay")} for o in optimizers for group in o.param_groups]
         optimizers = [torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), foreach=False, fused=False)]
@@ -288,28 +303,30 @@ def memory(args):
     return [table(f"Peak memory of a step, GPT-2 124M, T=1024, {args.dtype}, {chip(args.device)}", rows)]
 
 
-def loader(args):
-    """The default run, timed inside: how much of a step is spent in next_batch, and outside the step."""
-    with tempfile.TemporaryDirectory() as folder:
-        world = train_gpt2.World(args.device)
-        given = dict(preset="tiny", data=str(ROOT / "input.txt"), out_dir=folder, max_steps=40, eval_every=0, sample_every=0,
-                     checkpoint_every=0, quiet=True, device=args.device)
-        waited, real = [], train_gpt2.Loader.next_batch
+def loader_run(device):
+    """Times of the default run's first 40 steps, and of what each of them waits for its batch."""
+    waited, training_batches = [], train_gpt2.training_batches
 
-        def timed(self):
+    def timed_batches(*args):
+        batches = training_batches(*args)
+        while True:
             started = time.perf_counter()
-            batch = real(self)
+            batch = next(batches)
             waited.append(time.perf_counter() - started)
-            return batch
-        train_gpt2.Loader.next_batch = timed
-        started = time.perf_counter()
-        train_gpt2.run_training(given, world)
-        total = time.perf_counter() - started
-        lines = [line for line in train_gpt2.read_log(Path(folder) / "log.jsonl") if line["kind"] == "train"]
-    step = statistics.median(line["seconds"] for line in lines)
+            yield batch
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(train_gpt2, "training_batches", timed_batches):
+        lines = train(preset="tiny", data=ROOT / "input.txt", out_dir=folder, max_steps=40, eval_every=0, sample_every=0,
+                      checkpoint_every=0, quiet=True, device=device)
+    total = time.perf_counter() - started
+    step = statistics.median(line["seconds"] for line in lines if line["kind"] == "train")
     wait = statistics.median(waited)
-    return [table("Waiting for input (medians of 40 steps of the default run)",
-                  [{"step, ms": 1000 * step, "of it in next_batch, ms": 1000 * wait, "share": f"{wait / step:.2%}", "whole run, s": total}])]
+    return {"step, ms": 1000 * step, "of it waiting for the batch, ms": 1000 * wait, "share": f"{wait / step:.2%}", "whole run, s": total}
+
+
+def loader(args):
+    row = isolated(loader_run, device=args.device)
+    return [table("Waiting for input (medians of 40 steps of the default run)", [{k: v for k, v in row.items() if k != "peak_gb"}])]
 
 # -----------------------------------------------------------------------------
 # the modern parts
@@ -323,18 +340,16 @@ ARCHITECTURES = {
 
 def architecture_run(device, dtype, flags, T, tokens, compiled):
     """4 layers of 256 on input.txt, 8,192 byte tokens a step."""
+    flags = dict(rope=False, rmsnorm=False, swiglu=False, qk_norm=False, bias=True) | flags
     with tempfile.TemporaryDirectory() as folder:
-        given = dict(preset="tiny", data=str(ROOT / "input.txt"), out_dir=folder, n_layer=4, n_embd=256, n_head=8, block_size=T,
-                     total_batch_size=8192, max_steps=tokens // 8192, lr=2e-3, optimizer="adamw", schedule="cosine", zero_init=False,
-                     warmup_steps=2, eval_every=10**6, eval_tokens=65536, sample_every=0, checkpoint_every=0, quiet=True, device=device,
-                     dtype=dtype, compile=compiled, **(dict(rope=False, rmsnorm=False, swiglu=False, qk_norm=False, bias=True) | flags))
-        world = train_gpt2.World(device)
-        train_gpt2.run_training(given, world)
-        lines = train_gpt2.read_log(Path(folder) / "log.jsonl")
+        lines = train(preset="tiny", data=ROOT / "input.txt", out_dir=folder, n_layer=4, n_embd=256, n_head=8, block_size=T,
+                      total_batch_size=8192, max_steps=tokens // 8192, lr=2e-3, optimizer="adamw", schedule="cosine", warmup_steps=2,
+                      eval_every=10**6, eval_tokens=65536, sample_every=0, checkpoint_every=0, quiet=True, device=device, dtype=dtype,
+                      compile=compiled, **flags)
     speeds = [line["tokens_per_second"] for line in lines if line["kind"] == "train"]
     loss = next(line["loss"] for line in lines if line["kind"] == "val")
     config = lines[0]
-    model = GPT(GPTConfig(**{f: config[f] for f in GPTConfig.__dataclass_fields__ if f in config}))
+    model = GPT(GPTConfig(**{name: config[name] for name in GPTConfig.__dataclass_fields__}))
     kept = min(T, config["window"] or T)
     return {"parameters": model.num_parameters(), "tokens_per_second": statistics.median(speeds[1:]),
             "KV cache, kB": 2 * 4 * kept * config["n_layer"] * config["n_kv_head"] * config["head_dim"] / 1024,
@@ -617,15 +632,15 @@ def hellaswag_rows(n=120, compare=12, dtypes=("float32",), rounds=2):
 
 
 def score(args):
-    dtypes = dict.fromkeys(["float32", str(pick_dtype("auto", "cpu"))[6:]])
+    dtypes = dict.fromkeys(["float32", str(hellaswag.pick_dtype("auto", "cpu"))[6:]])
     return [table(f"HellaSwag, GPT-2 124M, {chip('cpu')}", hellaswag_rows(args.examples, dtypes=tuple(dtypes)))]
 
 # -----------------------------------------------------------------------------
 # the recipe
 
 MODERN = dict(rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False)
-OLD = dict(rope=False, rmsnorm=False, swiglu=False, qk_norm=False, bias=True, zero_init=False, optimizer="adamw", schedule="cosine", min_lr=None,
-           momentum_warmup_steps=0)
+OLD = dict(rope=False, rmsnorm=False, swiglu=False, qk_norm=False, bias=True, zero_init=False, optimizer="adamw", schedule="cosine",
+           momentum_warmup_steps=0)  # and a min_lr of lr / 10
 BEST = dict(schedule="wsd", decay_fraction=0.6, min_lr=0.0, optimizer="muon", momentum_warmup_steps=50)
 RECIPES = {  # flags, and the learning rates of which the best is taken
     "gpt2": ({}, (1e-3, 3e-3, 6e-3)),
@@ -646,11 +661,12 @@ CHANGES = {  # of that recipe, at its best learning rate
 def small_run(flags, folder, **given):
     """4 layers x 128, byte tokens, T=128, 4,096 tokens a step, one thread. Returns the lines of its log."""
     torch.set_num_threads(1)
-    given = dict(preset="tiny", n_layer=4, n_embd=128, n_head=4, block_size=128, total_batch_size=4096, weight_decay=0.1, out_dir=folder,
-                 warmup_steps=given["max_steps"] // 20, sample_every=0, checkpoint_every=0, quiet=True, device="cpu", compile=False,
-                 data=str(ROOT / "input.txt")) | OLD | flags | given
-    train_gpt2.run_training(given, train_gpt2.World("cpu"))
-    return train_gpt2.read_log(Path(folder) / "log.jsonl")
+    flags = OLD | flags | given
+    if flags.get("min_lr") is None:
+        flags["min_lr"] = flags["lr"] / 10  # the preset's is 0
+    return train(**dict(preset="tiny", n_layer=4, n_embd=128, n_head=4, block_size=128, total_batch_size=4096, weight_decay=0.1,
+                        warmup_steps=given["max_steps"] // 20, sample_every=0, checkpoint_every=0, quiet=True, device="cpu", compile=False,
+                        data=ROOT / "input.txt", out_dir=folder) | flags)
 
 
 def recipe_run(flags, lr, seed, steps, folder):
@@ -788,7 +804,7 @@ def main():
     parser.add_argument("--shares", type=float, nargs="+", default=[0.6], help="parts of the tokens (recipe)")
     parser.add_argument("--json", help="write the tables to this file too")
     args = parser.parse_args()
-    args.dtype = args.dtype or str(pick_dtype("auto", args.device.split(":")[0]))[6:]
+    args.dtype = args.dtype or str(hellaswag.pick_dtype("auto", args.device.split(":")[0], without_bfloat16=torch.float16))[6:]
     tables = []
     for name, command in COMMANDS.items():
         if args.command in (name, "all"):

@@ -1,152 +1,169 @@
-"""What the tests share: the scripts as subprocesses, small corpora, and runs made once."""
+"""What the tests share: ways to run the scripts, small corpora, and runs made once.
+
+run() calls a script's main in the test's own process, run_ranks() in a few forks of it that know each other as torchrun's
+workers do: a monkeypatch holds in both. spawn() starts a process as a user does, for what only a process shows."""
 import contextlib
-import functools
+import importlib
+import io
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
-import runpy
-import shlex
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
-import threading
+import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"),
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", COLUMNS="200",
+                  OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"),
+                  PYTORCH_NVML_BASED_CUDA_CHECK="1",  # asking for CUDA before a fork would keep it from the fork
                   OMP_WAIT_POLICY="PASSIVE",  # threads that spin starve the other processes of a test
                   TORCHINDUCTOR_VEC_ISA_OK="1",  # no trial compilations of what /proc/cpuinfo says: ten seconds
                   TORCHINDUCTOR_COMPILE_THREADS="1")  # no pool, whose processes import torch: ten seconds too
 
 import torch  # noqa: E402  after the thread count is set
 
-torch.set_num_threads(1)  # small models: two processes side by side gain more than two threads
+import fineweb  # noqa: E402
+
+torch.set_num_threads(1)  # small models: two processes side by side gain more than two threads; and forks are sound
 
 # A model that trains in milliseconds a step, on the recipe whose runs are comparable to 1e-5.
 SMALL = ("--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --total_batch_size 512 --max_steps 6 --eval_every 3 "
-         "--eval_tokens 2048 --sample_every 0 --checkpoint_every 0 --hellaswag_every 0 --no-compile --dtype float32 "
+         "--eval_tokens 2048 --sample_every 0 --checkpoint_every 0 --hellaswag_every 0 --no_compile --dtype float32 "
          "--optimizer adamw --lr 1e-3 --schedule cosine --device cpu").split()
 
 
-FORKS = multiprocessing.get_context("forkserver")  # forks of a process that has imported torch: four seconds less each
-FORKS.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.run", "pytest", "tqdm", "tiktoken", "safetensors.torch",
-                              "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"])
-TORCHRUN = str(Path(torch.__file__).parent / "distributed/run.py")
+def call_main(script, args):
+    """What `python script args` does, in this process. Returns the exit code."""
+    main = importlib.import_module(script.removesuffix(".py")).main
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        with mock.patch.object(sys, "argv", [script, *map(str, args)]):
+            fineweb.run_cli(main)
+        return 0
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def run_as_main(script, args, env, cwd, out, err):
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY), number)
-    os.environ.update(env)
-    os.chdir(cwd)
-    if script == "-c":
-        sys.argv, sys.path[0] = ["-c", *args[1:]], ""
-        exec(args[0], {"__name__": "__main__"})
-    else:
-        sys.argv, sys.path[0] = [script, *args], str(ROOT) if script == TORCHRUN else os.path.dirname(os.path.abspath(script))
-        runpy.run_path(os.path.abspath(script), run_name="__main__")
-
-
-class Forked:
-    """A script in a process of its own, with the methods of subprocess.Popen that the tests use."""
-
-    def __init__(self, script, args, env, cwd):
-        self.files = [tempfile.NamedTemporaryFile("r") for _ in range(2)]
-        self.process = FORKS.Process(target=run_as_main, args=(script, args, env, cwd, *(f.name for f in self.files)))
-        self.process.start()
-        self.pid, self.kill = self.process.pid, self.process.kill
-
-    @property
-    def returncode(self):
-        return self.process.exitcode
-
-    def poll(self):
-        return self.process.exitcode
-
-    def send_signal(self, number):
-        os.kill(self.pid, number)
-
-    def output(self):
-        return tuple(Path(f.name).read_text() for f in self.files)
-
-    def communicate(self, timeout=None):
-        self.process.join(timeout)
-        if self.process.exitcode is None:
-            self.kill()
-            raise subprocess.TimeoutExpired(self.process.name, timeout, *self.output())
-        return self.output()
-
-
-def start(script, *args, torchrun=(), env=None, cwd=None):
-    """Starts a script of the repository; under torchrun where `torchrun` says how: a number of processes on this
-    machine, or its flags. By its flags torchrun forks the processes from itself."""
-    script, args = str(ROOT / script), [*map(str, args)]
-    if isinstance(torchrun, int):
-        torchrun = ["--standalone", "--nproc_per_node", torchrun]
-    if torchrun:
-        script, args = TORCHRUN, [*map(str, torchrun), "--start-method", "fork", "--run-path", script, *args]
-    return Forked(script, args, env or {}, str(cwd or Path.cwd()))
-
-
-def run(script, *args, expect=0, timeout=300, **how):
-    """Runs a script to its end and returns (stdout, stderr). `expect`: the exit code, None for any."""
-    process = start(script, *args, **how)
-    out, err = process.communicate(timeout=timeout)
-    assert expect is None or process.returncode == expect, f"exit code {process.returncode}\n{out}\n{err}"
-    return out, err
-
-
-CLIENT = """
-import os, sys
-from multiprocessing.connection import Client
-with Client(sys.argv[1]) as server:
-    server.send((sys.argv[2:], dict(os.environ), os.getcwd(), os.getpid()))
-    code = server.recv()
-sys.exit(code if code >= 0 else 128 - code)
-"""
-
-
-def serve(listener):
-    """Runs the scripts that shells ask for, into their pipes."""
-    while True:
-        with contextlib.suppress(OSError, EOFError), listener.accept() as client:
-            (script, *args), env, cwd, pid = client.recv()
-            process = FORKS.Process(target=run_as_main, args=(script, args, env, cwd, f"/proc/{pid}/fd/1", f"/proc/{pid}/fd/2"))
-            process.start()
-            process.join()
-            client.send(process.exitcode)
-
-
-@functools.cache
-def server():
-    listener = multiprocessing.connection.Listener()
-    threading.Thread(target=serve, args=(listener,), daemon=True).start()
-    return listener.address
-
-
-def shell(code, cwd=None):
-    """Runs lines of bash as they are printed; python script.py and python -c are forks too. Returns what they wrote on stdout."""
-    python = shlex.quote(sys.executable)
-    functions = (f"python() {{ case $1 in *.py|-c) {python} -S -c {shlex.quote(CLIENT)} {shlex.quote(server())} \"$@\";; "
-                 f"*) {python} \"$@\";; esac; }}\n")
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", functions + code], cwd=cwd, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "HF_DATASETS_OFFLINE": "1"})
-    assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
+def run(script, *args, expect=0, env=None, cwd=None):
+    """Runs a script of the repository in this process and returns (stdout, stderr). `expect`: the exit code."""
+    out, err = io.StringIO(), io.StringIO()
+    with mock.patch.dict(os.environ, env or {}), contextlib.chdir(cwd or Path.cwd()), \
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = call_main(script, args)
+    assert code == expect, f"exit code {code}\n{out.getvalue()}\n{err.getvalue()}"
+    return out.getvalue(), err.getvalue()
 
 
 def refused(script, *args, code=2, **how):
     """Runs a script that must refuse: returns its one line of error."""
     out, err = run(script, *args, expect=code, **how)
-    assert "Traceback" not in out + err, err
-    lines = [line for line in err.splitlines() if line.strip() and not line.startswith("step ")]
+    lines = [line for line in err.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: "), err
     return lines[0]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run_rank(script, args, env, files):
+    for number, path in zip((1, 2), files):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    os.environ.update(env)
+    code = call_main(script, args)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run_ranks(size, script, *args, expect=0, env=None, timeout=120):
+    """The same in `size` forks, which find each other as torchrun's workers do, and are ended as torchrun ends them when
+    one fails. Returns what all of them wrote, as (stdout, stderr); `expect`: the highest exit code."""
+    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        processes = []
+        for rank in range(size):
+            values = {"RANK": rank, "LOCAL_RANK": rank, **common, **(env or {})}
+            values = {name: str(value) for name, value in values.items()}
+            fork = multiprocessing.get_context("fork").Process
+            processes.append(fork(target=run_rank, args=(script, args, values, (out.name, err.name))))
+            processes[-1].start()
+        deadline = time.time() + timeout
+        while any(process.exitcode is None for process in processes) and time.time() < deadline:
+            if any(process.exitcode for process in processes):
+                time.sleep(0.1)
+                for process in processes:
+                    process.terminate()
+            time.sleep(0.01)
+        for process in processes:
+            process.kill()
+            process.join()
+        said, complained = out.read(), err.read()
+    codes = [process.exitcode for process in processes]
+    assert max(codes) == expect and (expect or not any(codes)), f"exit codes {codes}\n{said}\n{complained}"
+    return said, complained
+
+
+class spawn(subprocess.Popen):
+    """A script in a process of its own, as a user starts it. `torchrun`: a number of processes, or torchrun's flags."""
+
+    def __init__(self, script, *args, torchrun=(), env=None, cwd=None):
+        if isinstance(torchrun, int):
+            torchrun = ["--standalone", "--nproc_per_node", torchrun]
+        launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+        self.files = [tempfile.NamedTemporaryFile("r") for _ in range(2)]
+        super().__init__([sys.executable, *map(str, launcher), str(ROOT / script), *map(str, args)],
+                         stdout=open(self.files[0].name, "w"), stderr=open(self.files[1].name, "w"),
+                         env={**os.environ, **(env or {})}, cwd=cwd)
+
+    def output(self):
+        """What it wrote so far, as (stdout, stderr)."""
+        return tuple(Path(file.name).read_text() for file in self.files)
+
+    def finish(self, expect=0, timeout=120):
+        """Waits for its end; returns its output. `expect`: the exit code, None for any."""
+        try:
+            self.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(("did not end", *self.output())) from None
+        assert expect is None or self.returncode == expect, (self.returncode, *self.output())
+        return self.output()
+
+
+def wait_for(condition, process, seconds=120):
+    """Until the condition holds, while the process lives."""
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.output()
+        assert time.time() < deadline, "nothing happened"
+        time.sleep(0.001)
+
+
+def shell(code, cwd=None):
+    """Runs lines of bash as they are printed, with this Python. Returns what they wrote on stdout."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", code], cwd=cwd, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PATH": path})
+    assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
 
 
 def log_lines(out_dir, kind):

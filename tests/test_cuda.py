@@ -1,77 +1,94 @@
-"""What only a GPU shows; skipped without one."""
+"""What only a GPU shows; skipped without one. Every run is a process of its own: one that has used CUDA cannot be forked, and
+other tests fork this one."""
+import multiprocessing
 import shutil
 
 import pytest
 import torch
 
 import train_gpt2
-from conftest import SMALL, losses, run
+from conftest import SMALL, losses, spawn
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+# Counted by the driver's NVML where it can be: CUDA itself stays untouched.
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs CUDA")
 ON_CUDA = [*SMALL[:-2], "--device", "cuda", "--max_steps", 12, "--eval_every", 6]
+SYNCS = ("--preset gpt2 --n_layer 2 --n_head 2 --n_embd 64 --block_size 64 --total_batch_size 1024 --batch_size 4 --max_steps 8 "
+         "--eval_every 0 --sample_every 0 --checkpoint_every 0 --hellaswag_every 0 --no_compile --device cuda").split()
 
 
-def test_no_host_sync_before_the_steps_one_read(small_shards, tmp_path):
-    given = dict(data=str(small_shards), preset="gpt2", n_layer=2, n_head=2, n_embd=64, block_size=64, total_batch_size=1024, batch_size=4,
-                 max_steps=8, eval_every=0, sample_every=0, checkpoint_every=0, hellaswag_every=0, compile=False, out_dir=str(tmp_path / "log"))
-    run = train_gpt2.Run(given, train_gpt2.World("cuda"))
+def steps_without_a_sync(flags):
+    """Two steps, and a third in which every wait for the device is an error, until the step reads its loss."""
+    run = train_gpt2.start_run(list(map(str, flags)), train_gpt2.World())
     for _ in range(2):
         run.train_step()
-    mean = run.world.mean
+    tolist = torch.Tensor.tolist
+    reads = []
 
-    def read(*values):
-        torch.cuda.set_sync_debug_mode("default")
-        return mean(*values)
-    run.world.mean = read
+    def read(tensor):
+        if tensor.is_cuda:
+            reads.append(tensor)
+            torch.cuda.set_sync_debug_mode("default")
+        return tolist(tensor)
+
+    torch.Tensor.tolist = read
     torch.cuda.set_sync_debug_mode("error")
-    try:
-        line, _ = run.train_step()  # four micro-steps
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert line["loss"] > 0
+    line = run.train_step()  # four micro-steps
+    assert line["loss"] > 0 and len(reads) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_no_host_sync_before_the_steps_one_read(optimizer, small_shards, tmp_path):
+    flags = [*SYNCS, "--optimizer", optimizer, "--data", small_shards, "--out_dir", tmp_path / "log"]
+    process = multiprocessing.get_context("spawn").Process(target=steps_without_a_sync, args=(flags,))
+    process.start()
+    process.join(120)
+    process.kill()
+    assert process.exitcode == 0
 
 
 def test_losses_are_the_cpus(small_shards, tmp_path):
-    run("train_gpt2.py", *ON_CUDA, "--data", small_shards, "--out_dir", tmp_path / "cuda")
-    run("train_gpt2.py", *ON_CUDA, "--device", "cpu", "--data", small_shards, "--out_dir", tmp_path / "cpu")
+    spawn("train_gpt2.py", *ON_CUDA, "--data", small_shards, "--out_dir", tmp_path / "cuda").finish()
+    spawn("train_gpt2.py", *ON_CUDA, "--device", "cpu", "--data", small_shards, "--out_dir", tmp_path / "cpu").finish()
+    assert len(losses(tmp_path / "cuda")) == 12
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), abs=1e-2)  # TF32
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_low_precision_learns(dtype, small_shards, tmp_path):
-    run("train_gpt2.py", *ON_CUDA, "--dtype", dtype, "--data", small_shards, "--out_dir", tmp_path / "log")
+    spawn("train_gpt2.py", *ON_CUDA, "--dtype", dtype, "--data", small_shards, "--out_dir", tmp_path / "log").finish()
     found = losses(tmp_path / "log")
     assert found[-1] < found[0] - 0.1
 
 
 def test_deterministic_resume_is_bit_for_bit(small_shards, tmp_path):
     flags = [*ON_CUDA, "--deterministic", "--dropout", 0.1, "--checkpoint_every", 5, "--keep_checkpoints", 0, "--data", small_shards]
-    run("train_gpt2.py", *flags, "--out_dir", tmp_path / "whole")
+    spawn("train_gpt2.py", *flags, "--out_dir", tmp_path / "whole").finish()
     shutil.copytree(tmp_path / "whole/step_000005", tmp_path / "log/step_000005")
     shutil.copy(tmp_path / "whole/log.jsonl", tmp_path / "log/log.jsonl")
-    run("train_gpt2.py", *flags, "--out_dir", tmp_path / "log", "--resume")
+    spawn("train_gpt2.py", *flags, "--out_dir", tmp_path / "log", "--resume").finish()
     assert losses(tmp_path / "log") == losses(tmp_path / "whole")
     assert (tmp_path / "log/latest/model.safetensors").read_bytes() == (tmp_path / "whole/latest/model.safetensors").read_bytes()
 
 
 def test_auto_batch_fits_gpt2(tmp_path):
     """The reference run's first steps, with the batch found by itself and everything compiled."""
-    out, _ = run("train_gpt2.py", "--preset", "gpt2", "--data", train_gpt2.HERE / "input.txt", "--max_steps", 3, "--total_batch_size", 65536,
-                 "--eval_tokens", 20480, "--sample_every", 0, "--checkpoint_every", 0, "--hellaswag_every", 0, "--out_dir", tmp_path, timeout=600)
-    assert "compiled" in out and len(losses(tmp_path)) == 3
+    out, _ = spawn("train_gpt2.py", "--preset", "gpt2", "--data", train_gpt2.HERE / "input.txt", "--max_steps", 3,
+                   "--total_batch_size", 65536, "--eval_tokens", 20480, "--sample_every", 0, "--checkpoint_every", 0,
+                   "--hellaswag_every", 0, "--out_dir", tmp_path).finish(timeout=600)
+    assert ", compiled" in out and len(losses(tmp_path)) == 3
 
 
 @pytest.mark.parametrize("parts", [["--window", 16], ["--n_head", 4, "--n_kv_head", 2, "--rope"], ["--optimizer", "muon", "--rmsnorm", "--swiglu"]])
 def test_modern_parts_compile(parts, small_shards, tmp_path):
-    flags = [f for f in ON_CUDA if f != "--no-compile"]
-    run("train_gpt2.py", *flags, *parts, "--dtype", "bfloat16", "--compile", "--data", small_shards, "--out_dir", tmp_path / "log",
-        torchrun=1, timeout=600)
+    flags = [flag for flag in ON_CUDA if flag != "--no_compile"]
+    spawn("train_gpt2.py", *flags, *parts, "--dtype", "bfloat16", "--compile", "--data", small_shards, "--out_dir", tmp_path / "log",
+          torchrun=1).finish(timeout=600)
     assert losses(tmp_path / "log")[-1] < losses(tmp_path / "log")[0]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_equal_one(small_shards, tmp_path):
     exact = {"NVIDIA_TF32_OVERRIDE": "0"}  # the shapes differ, and with them cuBLAS may choose TF32 for one only
-    run("train_gpt2.py", *ON_CUDA, "--data", small_shards, "--out_dir", tmp_path / "one", env=exact)
-    run("train_gpt2.py", *ON_CUDA, "--data", small_shards, "--out_dir", tmp_path / "two", env=exact, torchrun=2)
+    spawn("train_gpt2.py", *ON_CUDA, "--data", small_shards, "--out_dir", tmp_path / "one", env=exact).finish()
+    spawn("train_gpt2.py", *ON_CUDA, "--data", small_shards, "--out_dir", tmp_path / "two", env=exact, torchrun=2).finish()
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)

@@ -1,8 +1,9 @@
 """The loader's one order, whatever the split, and its errors."""
 import pickle
-import resource
 import shutil
 import time
+import tracemalloc
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 import fineweb
 from fineweb import UserError
-from train_gpt2 import Corpus, Loader, open_data
+from train_gpt2 import Corpus, open_data, training_batches
 
 
 def world(rank=0, size=1):
@@ -25,8 +26,8 @@ def corpus(lengths=(50, 33, 92, 9), block_size=8):
 
 def walk(data, steps, batch_size, size, micro_steps, seed=1):
     """The set of rows of each step, as all ranks together see them."""
-    loaders = [Loader(data, batch_size, world(r, size), seed) for r in range(size)]
-    return [sorted(tuple(row) for _ in range(micro_steps) for loader in loaders for row in loader.next_batch()[0].tolist())
+    ranks = [training_batches(data, 0, batch_size, world(rank, size), seed) for rank in range(size)]
+    return [sorted(tuple(row) for _ in range(micro_steps) for batches in ranks for row in next(batches)[0].tolist())
             for _ in range(steps)]
 
 
@@ -34,7 +35,8 @@ def test_every_window_once_an_epoch_and_another_order_in_the_next():
     data = corpus()
     expected = {(s, w) for s, n in enumerate([6, 4, 11, 1]) for w in range(n)}
     epochs = [[data.locate(e * 22 + i, seed=3) for i in range(22)] for e in range(3)]
-    assert data.windows == 22 and all(len(e) == 22 and set(e) == expected for e in epochs)
+    assert data.num_windows == 22 and data.windows_per_shard.tolist() == [6, 4, 11, 1]
+    assert all(len(e) == 22 and set(e) == expected for e in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != [data.locate(i, seed=4) for i in range(22)]
     shards_in_order = [s for i, (s, _) in enumerate(epochs[0]) if i == 0 or epochs[0][i - 1][0] != s]
     assert sorted(shards_in_order) == [0, 1, 2, 3]  # one shard after the other
@@ -42,7 +44,7 @@ def test_every_window_once_an_epoch_and_another_order_in_the_next():
 
 def test_windows_do_not_overlap_and_targets_follow():
     data = corpus()
-    x, y = Loader(data, 22, world(), 1).next_batch()
+    x, y = next(training_batches(data, 0, 22, world(), 1))
     assert torch.equal(x[:, 1:], y[:, :-1]) and len(x.unique()) == 22 * 8 and torch.equal(y[:, -1], x[:, -1] + 1)
 
 
@@ -51,19 +53,22 @@ def test_a_step_sees_the_same_tokens_for_any_split(batch_size, size, micro_steps
     assert walk(corpus(), 5, batch_size, size, micro_steps) == walk(corpus(), 5, 12, 1, 1)
 
 
-def test_state_is_two_integers_and_resumes_on_another_split():
+@pytest.mark.parametrize("start", [0, 1, 5, 21, 22, 28, 50])
+def test_the_place_is_a_window_number_and_the_rest_is_the_same_on_another_split(start):
+    """From within an epoch, from its end and from later ones."""
     data = corpus()
-    loader = Loader(data, 4, world(), 1)
-    for _ in range(7):
-        loader.next_batch()
-    state = loader.state_dict()
-    assert state == {"epoch": 1, "window": 6}
-    rest = [loader.next_batch()[0] for _ in range(6)]
-    pair = [Loader(data, 2, world(r, 2), 1) for r in range(2)]
-    for one in pair:
-        one.load_state_dict(state)
-    for expected in rest:
-        assert torch.equal(torch.cat([one.next_batch()[0] for one in pair]), expected)
+    windows = [x for x, _ in islice(training_batches(data, 0, 1, world(), 1), start + 24)]
+    rest = torch.cat(windows[start:])
+    places = [data.locate(number, 1) for number in range(start, start + 24)]
+    assert torch.equal(rest, data.read_windows(places)[:, :-1])
+    alone = [x for x, _ in islice(training_batches(data, start, 4, world(), 1), 6)]
+    assert torch.equal(torch.cat(alone), rest)
+    pair = [training_batches(data, start, 2, world(rank, 2), 1) for rank in range(2)]
+    for expected in alone:
+        assert torch.equal(torch.cat([next(batches)[0] for batches in pair]), expected)
+    three = [training_batches(data, start, 4, world(rank, 3), 1) for rank in range(3)]
+    for expected in rest.split(12):
+        assert torch.equal(torch.cat([next(batches)[0] for batches in three]), expected)
 
 
 def test_order_is_the_same_on_every_machine():
@@ -76,8 +81,21 @@ def test_order_is_the_same_on_every_machine():
 GOLDEN = [(1, 0), (1, 1), (1, 3), (1, 2)]
 
 
-def test_a_trillion_tokens(tmp_path):
+def test_a_trillion_tokens(tmp_path, monkeypatch):
     """10,000 sparse shards of 100M tokens: quick to open, small, and any rank's place at any step without walking."""
+    opened, located = [], []
+    read_shard, locate = fineweb.read_shard, Corpus.locate
+
+    def watched_read(path):
+        opened.append(path)
+        return read_shard(path)
+
+    def watched_locate(self, number, seed):
+        located.append(number)
+        return locate(self, number, seed)
+
+    monkeypatch.setattr(fineweb, "read_shard", watched_read)
+    monkeypatch.setattr(Corpus, "locate", watched_locate)
     first = tmp_path / "edufineweb_val_000000.npy"
     np.lib.format.open_memmap(first, mode="w+", dtype="<u2", shape=(100_000_000,))
     with open(first, "rb") as f:
@@ -86,17 +104,21 @@ def test_a_trillion_tokens(tmp_path):
         with open(tmp_path / f"edufineweb_train_{i:06d}.npy", "wb") as f:
             f.write(header)
             f.truncate(128 + 200_000_000)
-    before, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
-    for _ in range(3):  # another process may hold the disk for a moment
-        start = time.perf_counter()
-        train, val = open_data(str(tmp_path), SimpleNamespace(vocab_size=50257), 1024)
-        loader = Loader(train, 16, world(1023, 1024), 1337)
-        loader.load_state_dict({"epoch": 2, "window": 123_456_789})
-        x, y = loader.next_batch()
-        seconds.append(time.perf_counter() - start)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert train.windows == 9_999 * 97_656 and x.shape == (16, 1024)
-    assert min(seconds) < 2 and grown < 50, (seconds, grown)
+    tracemalloc.start()  # the process's own peak may lie in an earlier test
+    start = time.process_time()  # of this process alone, whatever else the machine does
+    train, val = open_data(str(tmp_path), SimpleNamespace(vocab_size=50257), 1024)
+    first_window = 2 * train.num_windows + 123_456_789
+    batches = training_batches(train, first_window, 16, world(1023, 1024), 1337)
+    x, y = next(batches)
+    batches.close()  # the next batch has been read ahead
+    seconds = time.process_time() - start
+    megabytes = tracemalloc.get_traced_memory()[1] / 1e6
+    tracemalloc.stop()
+    assert train.num_windows == 9_999 * 97_656 and x.shape == (16, 1024)
+    assert seconds < 20 and megabytes < 20, (seconds, megabytes)
+    mine = first_window + 1023 * 16
+    assert located == [*range(mine, mine + 16), *range(mine + 16_384, mine + 16_400)]
+    assert len(opened) <= 10_000 + 4  # every header once, and the one or two shards of each batch
 
 
 def test_text_is_split_nine_to_one(tmp_path):
@@ -116,7 +138,7 @@ def test_bad_shards_are_named(gpt2_shards, tmp_path):
         change(path)
         with pytest.raises(UserError) as error:
             data = open_data(str(folder), tokenizer, 32)[0]
-            Loader(data, data.windows, world(), 1).next_batch()
+            next(training_batches(data, 0, data.num_windows, world(), 1))
         assert path.name in str(error.value) and "\n" not in str(error.value)
         return str(error.value)
 

@@ -3,11 +3,10 @@ triggered by what the log or the folder shows, never by the clock."""
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,9 +16,9 @@ import torch
 
 import fineweb
 import train_gpt2
-from train_gpt2 import GPT, GPTConfig, TrainConfig, World
-from conftest import ROOT, SMALL, log_lines, losses, refused, run, shell, start
+from conftest import ROOT, SMALL, free_port, log_lines, losses, refused, run, run_ranks, spawn, wait_for
 from test_hellaswag import make_examples
+from train_gpt2 import GPT, World
 
 # Dropout on, several shards and epochs (224 windows, 16 a step), checkpoints between evaluations.
 LONG = [*SMALL, "--max_steps", 40, "--dropout", 0.1, "--checkpoint_every", 7, "--eval_every", 10, "--sample_every", 20]
@@ -29,17 +28,9 @@ def result(out_dir):
     """What must be equal bit for bit: the last weights, and the log but for its clock."""
     lines = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
     for line in lines:
-        for key in ("seconds", "tokens_per_second", "run_id", "out_dir", "resume", "compile", "data"):
+        for key in ("seconds", "tokens_per_second", "run_id", "out_dir", "resume", "resume_from", "compile", "data"):
             line.pop(key, None)
     return (Path(out_dir) / "latest/model.safetensors").read_bytes(), sorted(map(json.dumps, lines))
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.time() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.time() < deadline, "nothing happened"
-        time.sleep(0.001)
 
 
 def steps_logged(out_dir):
@@ -49,7 +40,7 @@ def steps_logged(out_dir):
 
 def kill(process):
     process.kill()
-    process.communicate()
+    process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +55,7 @@ def test_ten_sigkills_in_a_row(uninterrupted, small_shards, tmp_path):
     out_dir, chance = tmp_path / "log", random.Random(0)
     command = ["train_gpt2.py", *LONG, "--data", small_shards, "--out_dir", out_dir, "--resume"]
     for i in range(10):
-        process = start(*command)
+        process = spawn(*command)
         kept = 7 * (steps_logged(out_dir) // 7)  # steps that the newest checkpoint may have kept
         if i % 2:
             wait_for(lambda: list(out_dir.glob(".tmp_step_*")) or process.poll() is not None, process)
@@ -91,48 +82,50 @@ def test_a_finished_run_resumed_is_finished(uninterrupted, small_shards, tmp_pat
     assert result(tmp_path / "log") == before
 
 
-COUNTING = """
-import sys; sys.path.insert(0, {root!r})
-import fineweb, train_gpt2
-from torch._dynamo.utils import counters
-def counted(method):
-    def call(run):
-        result = method(run)
-        print("graphs", run.step, counters["stats"]["unique_graphs"], flush=True)
-        return result
-    return call
-train_gpt2.Run.train_step = counted(train_gpt2.Run.train_step)
-train_gpt2.Run.evaluate = counted(train_gpt2.Run.evaluate)
-fineweb.run_cli(train_gpt2.main)
-"""
-
-
-def test_compiled_run_compiles_once_and_resumes_bit_for_bit(small_shards, tmp_path):
+def test_compiled_run_compiles_once_and_resumes_bit_for_bit(small_shards, tmp_path, monkeypatch):
     """Nothing is compiled after the first evaluation, by HellaSwag and samples neither."""
-    (tmp_path / "driver.py").write_text(COUNTING.format(root=str(ROOT)))
+    from torch._dynamo.utils import counters
+    graphs, train_step, score = [], train_gpt2.Run.train_step, train_gpt2.score_hellaswag
+
+    def counted_step(run):
+        line = train_step(run)
+        graphs.append((run.step, counters["stats"]["unique_graphs"]))
+        return line
+
+    def counted_score(*args):
+        result = score(*args)
+        graphs.append(("hellaswag", counters["stats"]["unique_graphs"]))
+        return result
+    monkeypatch.setattr(train_gpt2.Run, "train_step", counted_step)
+    monkeypatch.setattr(train_gpt2, "score_hellaswag", counted_score)
     (tmp_path / "hellaswag.jsonl").write_text("".join(json.dumps(example) + "\n" for example in make_examples(6)))
-    flags = [*[f for f in LONG if f != "--no-compile"], "--compile", "--n_layer", 2, "--max_steps", 7, "--checkpoint_every", 4,
+    flags = [*[f for f in LONG if f != "--no_compile"], "--compile", "--n_layer", 2, "--max_steps", 7, "--checkpoint_every", 4,
              "--keep_checkpoints", 0, "--eval_every", 2, "--sample_every", 2, "--hellaswag_every", 3,
              "--hellaswag_data", tmp_path / "hellaswag.jsonl", "--data", small_shards]
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    out, _ = run(tmp_path / "driver.py", *flags, "--out_dir", tmp_path / "whole", env=cache)
-    graphs = [tuple(map(int, line.split()[1:])) for line in out.splitlines() if line.startswith("graphs")]
-    assert graphs[1][1] > 0 and len({count for step, count in graphs if step == 1}) == 1
-    assert len({count for step, count in graphs if step > 2}) == 1 and graphs[-1] == (7, graphs[4][1]), graphs
-    process = start("train_gpt2.py", *flags, "--out_dir", tmp_path / "log", env=cache)
+    run("train_gpt2.py", *flags, "--out_dir", tmp_path / "whole", env=cache)
+    counts = dict(graphs)
+    assert counts[1] > 0 and [step for step, _ in graphs].count("hellaswag") == 3
+    assert len({count for step, count in graphs if step in (3, 4, 5, 6, 7, "hellaswag")}) == 1, graphs
+    process = spawn("train_gpt2.py", *flags, "--out_dir", tmp_path / "log", env=cache)
     wait_for(lambda: log_has_step(tmp_path / "log", 5), process)
     kill(process)
-    out, _ = run("train_gpt2.py", *flags, "--out_dir", tmp_path / "log", "--resume", env=cache)
+    out, _ = spawn("train_gpt2.py", *flags, "--out_dir", tmp_path / "log", "--resume", env=cache).finish()
     assert "at step 4" in out and ", compiled" in out
     assert result(tmp_path / "log") == result(tmp_path / "whole")
 
 
-def test_a_resumed_run_is_deterministic_if_it_was(small_shards, tmp_path):
-    (tmp_path / "driver.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb, torch, train_gpt2\n"
-                                        "fineweb.run_cli(train_gpt2.main); print(torch.are_deterministic_algorithms_enabled())\n")
+def test_a_resumed_run_is_deterministic_if_it_was(small_shards, tmp_path, monkeypatch):
+    asked, validate = [], train_gpt2.validate
+
+    def watched(*args):
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        return validate(*args)
+    monkeypatch.setattr(train_gpt2, "validate", watched)
     flags = ["--checkpoint_every", 6, "--data", small_shards, "--out_dir", tmp_path / "log"]
-    assert run(tmp_path / "driver.py", *SMALL, *flags, "--deterministic")[0].endswith("True\n")
-    assert run(tmp_path / "driver.py", "--resume", "--max_steps", 7, "--out_dir", tmp_path / "log")[0].endswith("True\n")
+    run("train_gpt2.py", *SMALL, *flags, "--deterministic")
+    run("train_gpt2.py", "--resume", "--max_steps", 7, "--out_dir", tmp_path / "log")
+    assert len(asked) == 4 and all(asked)
 
 
 def resume_copy(run_dir, step, out_dir):
@@ -143,36 +136,56 @@ def resume_copy(run_dir, step, out_dir):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(number, uninterrupted, small_shards, tmp_path):
-    process = start("train_gpt2.py", *LONG, "--data", small_shards, "--out_dir", tmp_path / "log")
+    process = spawn("train_gpt2.py", *LONG, "--data", small_shards, "--out_dir", tmp_path / "log")
     wait_for(lambda: steps_logged(tmp_path / "log") >= 3, process)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    out, _ = process.finish()
     last = out.strip().splitlines()[-1].strip()
     step = len(losses(tmp_path / "log"))
     assert last.endswith("--resume") and (tmp_path / f"log/step_{step:06d}").is_dir() and step < 40
-    shell(last)
+    python, script, *flags = shlex.split(last)
+    assert python == "python" and os.path.samefile(script, ROOT / "train_gpt2.py")
+    run("train_gpt2.py", *flags)
     assert result(tmp_path / "log")[0] == result(uninterrupted)[0]
 
 
-def test_a_second_signal_stops_at_once(small_shards, tmp_path):
-    driver = tmp_path / "driver.py"
-    driver.write_text(f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import fineweb, train_gpt2\n"
-                      "slow = train_gpt2.Run.train_step\n"
-                      "def step(run):\n    print('in a step', flush=True)\n"
-                      "    while not run.stop.at:\n        time.sleep(0.01)\n"
-                      "    print('asked to stop', flush=True); time.sleep(600)\n"
-                      "train_gpt2.Run.train_step = step\n"
-                      "fineweb.run_cli(train_gpt2.main)\n")
-    process = start(driver, *LONG, "--data", small_shards, "--out_dir", tmp_path / "log")
-    wait_for(lambda: "in a step" in process.output()[0], process)
+def test_a_second_signal_stops_at_once(monkeypatch):
+    """The first one is noted; the second one does what it would have done without us. In this process but for its end."""
+    ends = []
+    monkeypatch.setattr(train_gpt2.os, "kill", lambda pid, number: ends.append((pid, number, signal.getsignal(number))))
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = train_gpt2.StopRequest()
+        assert stop.time is None
+        signal.raise_signal(signal.SIGINT)
+        assert stop.time is not None and ends == []
+        signal.raise_signal(signal.SIGINT)
+        assert ends == [(os.getpid(), signal.SIGINT, signal.SIG_DFL)]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_second_signal_ends_a_run_in_the_middle_of_a_step(small_shards, tmp_path):
+    """A real one: a step of many tokens, the second signal sent once the first was taken."""
+    process = spawn("train_gpt2.py", *LONG, "--data", small_shards, "--out_dir", tmp_path / "log", "--total_batch_size", 2**25,
+                    "--batch_size", 1)
+    wait_for(lambda: "run     " in process.output()[0], process)
+    time.sleep(0.5)  # into the step, whose million micro-steps outlast the test
     process.send_signal(signal.SIGINT)
-    wait_for(lambda: "asked to stop" in process.output()[0], process)  # else the kernel may make one of two
-    time.sleep(0.2)
-    assert process.poll() is None
+    wait_for(lambda: not pending(process.pid, signal.SIGINT), process)  # else the kernel may make one of two
+    time.sleep(0.5)
+    assert process.poll() is None and steps_logged(tmp_path / "log") == 0
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.wait(60)
     assert process.returncode == -signal.SIGINT
+
+
+def pending(pid, number):
+    """Whether a signal was sent to the process and not taken yet."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    masks = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd", "ShdPnd"))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
 
 
 @pytest.fixture(scope="module")
@@ -191,43 +204,40 @@ def close(a, b):
 
 
 def test_two_processes_equal_one(one_process, small_shards, tmp_path):
-    run("train_gpt2.py", *SMALL, "--max_steps", 30, "--batch_size", 2, "--eval_tokens", 1500, "--data", small_shards,
-        "--out_dir", tmp_path / "log", torchrun=2)
+    run_ranks(2, "train_gpt2.py", *SMALL, "--max_steps", 30, "--batch_size", 2, "--eval_tokens", 1500, "--data", small_shards,
+              "--out_dir", tmp_path / "log")
     close(tmp_path / "log", one_process)
 
 
 def test_a_signal_to_one_rank_stops_all_and_says_how_to_go_on(one_process, small_shards, tmp_path):
-    (tmp_path / "driver.py").write_text(f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import fineweb, train_gpt2\n"
-                                        "step = train_gpt2.Run.train_step\n"
-                                        "def slow(run):\n"
-                                        f"    open({str(tmp_path)!r} + f'/{{run.world.rank}}.pid', 'w').write(str(os.getpid()))\n"
-                                        "    time.sleep(0.3)\n    return step(run)\n"
-                                        "train_gpt2.Run.train_step = slow\n"
-                                        "fineweb.run_cli(train_gpt2.main)\n")
-    process = start(tmp_path / "driver.py", *SMALL, "--max_steps", 30, "--eval_tokens", 1500, "--data", small_shards,
+    """Under the true torchrun, whose printed command is then run as it stands."""
+    process = spawn("train_gpt2.py", *SMALL, "--max_steps", 30, "--eval_tokens", 1500, "--batch_size", 1, "--data", small_shards,
                     "--out_dir", tmp_path / "log", torchrun=2)
     wait_for(lambda: steps_logged(tmp_path / "log") >= 3, process)
-    os.kill(int((tmp_path / "1.pid").read_text()), signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    os.kill(sorted(workers_of(process.pid))[-1], signal.SIGTERM)
+    out, _ = process.finish()
     step = len(losses(tmp_path / "log"))
     assert (tmp_path / f"log/step_{step:06d}").is_dir() and step < 30
     last = out.strip().splitlines()[-1].split()
     assert last[:3] == ["torchrun", "--standalone", "--nproc_per_node=2"] and os.path.samefile(last[3], ROOT / "train_gpt2.py")
     assert last[4:] == ["--out_dir", str(tmp_path / "log"), "--resume"]
-    run("train_gpt2.py", *last[4:], "--device", "cpu", torchrun=last[1:3])
+    spawn("train_gpt2.py", *last[4:], torchrun=last[1:3]).finish()
     close(tmp_path / "log", one_process)
+
+
+def workers_of(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_resumes_on_another_world_size(one_process, small_shards, tmp_path):
     resume_copy(one_process, 10, tmp_path / "log")
-    out, _ = run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log", "--device", "cpu", torchrun=2)
+    out, _ = run_ranks(2, "train_gpt2.py", "--resume", "--out_dir", tmp_path / "log", "--device", "cpu")
     assert "at step 10" in out
     close(tmp_path / "log", one_process)
 
 
 def test_muon_resumes_and_agrees_between_worlds(small_shards, tmp_path):
-    flags = [*SMALL, "--optimizer", "muon", "--rope", "--rmsnorm", "--swiglu", "--qk_norm", "--no-bias", "--data", small_shards,
+    flags = [*SMALL, "--optimizer", "muon", "--rope", "--rmsnorm", "--swiglu", "--qk_norm", "--no_bias", "--data", small_shards,
              "--checkpoint_every", 3, "--keep_checkpoints", 0, "--momentum_warmup_steps", 10]
     run("train_gpt2.py", *flags, "--out_dir", tmp_path / "whole")
     state = torch.load(tmp_path / "whole/step_000003/train_state.pt", weights_only=True)
@@ -235,38 +245,52 @@ def test_muon_resumes_and_agrees_between_worlds(small_shards, tmp_path):
     resume_copy(tmp_path / "whole", 3, tmp_path / "log")
     run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log", "--device", "cpu")
     assert result(tmp_path / "log")[0] == result(tmp_path / "whole")[0]
-    run("train_gpt2.py", *flags, "--out_dir", tmp_path / "two", torchrun=2)
+    run_ranks(2, "train_gpt2.py", *flags, "--out_dir", tmp_path / "two")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
 
 
 def test_two_nodes_on_loopback(one_process, small_shards, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    where = ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}",
+    where = ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}",
              "--rdzv_id", "test", "--local_addr", "127.0.0.1"]
-    nodes = [start("train_gpt2.py", *SMALL, "--max_steps", 30, "--eval_tokens", 1500, "--data", small_shards,
+    nodes = [spawn("train_gpt2.py", *SMALL, "--max_steps", 30, "--eval_tokens", 1500, "--data", small_shards,
                    "--out_dir", tmp_path / "log", torchrun=where) for _ in range(2)]
     for node in nodes:
-        out, err = node.communicate(timeout=120)
-        assert node.returncode == 0, err
+        node.finish()
     close(tmp_path / "log", one_process)
 
 
 def test_torchrun_restarts_from_the_last_checkpoint(one_process, small_shards, tmp_path):
-    """A worker is killed; the job comes back by itself, and nobody says --resume. Typed as a user does: nothing is
-    forked here."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "2",
-               "--monitor_interval", "0.1", str(ROOT / "train_gpt2.py"),
-               *map(str, [*SMALL, "--max_steps", 30, "--checkpoint_every", 5, "--eval_tokens", 1500, "--data", small_shards,
-                          "--out_dir", tmp_path / "log"])]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """A worker is killed; the job, which was started with --resume, comes back by itself."""
+    process = spawn("train_gpt2.py", *SMALL, "--max_steps", 30, "--checkpoint_every", 5, "--eval_tokens", 1500, "--batch_size", 1,
+                    "--data", small_shards, "--out_dir", tmp_path / "log", "--resume", env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+                    torchrun=["--standalone", "--nproc_per_node", 2, "--max_restarts", 2, "--monitor_interval", 0.1])
     wait_for(lambda: log_has_step(tmp_path / "log", 12), process)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "resumed from" in out, out + err
+    os.kill(workers_of(process.pid)[-1], signal.SIGKILL)
+    out, err = process.finish()
+    assert "nothing to resume" in out and "resumed from" in out, out + err
     close(tmp_path / "log", one_process)
+
+
+@pytest.mark.parametrize("flags, env", [([], {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}), (["--resume"], {})])
+def test_a_job_that_could_not_be_restarted_is_refused_at_once(flags, env, small_shards, tmp_path):
+    env = {"TORCHELASTIC_MAX_RESTARTS": "2", **env}  # as torchrun tells its workers
+    line = refused("train_gpt2.py", *SMALL, *flags, "--data", small_shards, "--out_dir", tmp_path / "log", env=env)
+    assert "--resume" in line and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in line and not (tmp_path / "log").exists()
+
+
+def test_resume_begins_where_there_is_nothing_and_begins_again_where_there_is_only_a_log(one_process, small_shards, tmp_path):
+    out, _ = run("train_gpt2.py", *SMALL, "--max_steps", 30, "--eval_tokens", 1500, "--data", small_shards, "--out_dir", tmp_path / "log",
+                 "--resume")
+    assert f"nothing to resume in {tmp_path / 'log'}: a new run" in out
+    before = (tmp_path / "log/log.jsonl").read_text()
+    line = refused("train_gpt2.py", "--out_dir", tmp_path / "log", "--resume", "--n_layer", 3)
+    assert "--n_layer 3" in line and (tmp_path / "log/log.jsonl").read_text() == before
+    out, _ = run("train_gpt2.py", "--out_dir", tmp_path / "log", "--resume", "--max_steps", 28)  # its other flags are the run's own
+    assert "no good checkpoint" in out and "begins anew" in out
+    assert (tmp_path / "log/log.jsonl.old").read_text() == before
+    assert losses(tmp_path / "log")[:1] == losses(one_process)[:1] and len(losses(tmp_path / "log")) == 28
+    config = log_lines(tmp_path / "log", "config")[0]
+    assert (config["n_layer"], config["lr"], config["data"], config["max_steps"]) == (2, 1e-3, str(small_shards), 28)
 
 
 def broken_copy(one_process, tmp_path, file, damage):
@@ -313,95 +337,102 @@ def test_an_out_dir_with_a_run_is_refused(one_process, small_shards):
 
 
 def test_resume_from_a_named_checkpoint(one_process, tmp_path):
-    run("train_gpt2.py", "--resume", one_process / "step_000010", "--out_dir", tmp_path / "other", "--device", "cpu")
+    run("train_gpt2.py", "--resume_from", one_process / "step_000010", "--out_dir", tmp_path / "other", "--device", "cpu")
     assert result(tmp_path / "other")[0] == result(one_process)[0]
-    line = refused("train_gpt2.py", "--resume", one_process / "step_000010", "--device", "cpu")
+    line = refused("train_gpt2.py", "--resume_from", one_process / "step_000010", "--device", "cpu")
     assert "step_000030" in line and "--out_dir" in line
+    out, _ = run("train_gpt2.py", "--resume_from", one_process / "step_000010", "--resume", "--out_dir", tmp_path / "other")
+    assert "resumed from" in out and "step_000030" in out  # a job that is started again: the newest of its own
 
 
-POISON = """
-import os, sys; sys.path.insert(0, {root!r})
-import fineweb, train_gpt2
-honest = train_gpt2.Loader.next_batch
-def poisoned(loader):
-    step = loader.position // 16
-    run = poisoned.run
-    if run is not None:
-        bias = run.model.norm_f.bias
-        hurt = {when} and os.environ.get("RANK", "0") == str({rank})
-        run.model.norm_f.eps = float("nan") if hurt else 1e-5
-    return honest(loader)
-poisoned.run = None
-train_gpt2.Loader.next_batch = poisoned
-made = train_gpt2.Run.__init__
-def init(run, *args):
-    made(run, *args)
-    poisoned.run = run
-train_gpt2.Run.__init__ = init
-fineweb.run_cli(train_gpt2.main)
-"""
+def poison(monkeypatch, steps, rank=0):
+    """The gradients of these steps (the first is 0) are nan on this rank."""
+    train_step = train_gpt2.Run.train_step
+
+    def poisoned(run):
+        hurt = run.step in steps and run.world.rank == rank
+        run.model.ln_f.eps = float("nan") if hurt else 1e-5
+        return train_step(run)
+    monkeypatch.setattr(train_gpt2.Run, "train_step", poisoned)
 
 
-def test_a_nan_on_one_rank_skips_the_update_on_all(small_shards, tmp_path):
-    driver = tmp_path / "driver.py"
-    driver.write_text(POISON.format(root=str(ROOT), when="step in (3, 4)", rank=1))
-    out, _ = run(driver, *SMALL, "--data", small_shards, "--batch_size", 8, "--out_dir", tmp_path / "log", torchrun=2)
+def test_a_nan_on_one_rank_skips_the_update_on_all(small_shards, tmp_path, monkeypatch):
+    poison(monkeypatch, (3, 4), rank=1)
+    out, _ = run_ranks(2, "train_gpt2.py", *SMALL, "--data", small_shards, "--batch_size", 8, "--out_dir", tmp_path / "log")
     lines = log_lines(tmp_path / "log", "train")
     assert [bool(line.get("skipped")) for line in lines] == [False] * 3 + [True] * 2 + [False]
     assert lines[3]["loss"] is None and lines[5]["loss"] > 0 and "not finite" in out
 
 
+@pytest.fixture
+def signals():
+    """The handlers as they were, after a test that makes a run in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_bad_gradient_of_one_optimizer_skips_both(dtype, bad, small_shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+def test_a_bad_gradient_of_one_optimizer_skips_both(dtype, bad, small_shards, tmp_path, signals):
     flags = [*SMALL, "--optimizer", "muon", "--dtype", dtype, "--data", small_shards, "--out_dir", tmp_path / "log"]
-    run = train_gpt2.Run(fineweb.parse_flags(list(map(str, flags)), GPTConfig, TrainConfig, prog="", description=""), World("cpu"))
+    run = train_gpt2.start_run([str(flag) for flag in flags], World())
     run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype == "float16")
     run.train_step()
     before = [p.clone() for p in run.model.parameters()]
     hook = run.model.wte.weight.register_hook(lambda grad: grad * bad)  # AdamW's, not Muon's
-    assert run.train_step()[0]["skipped"] and all(map(torch.equal, before, run.model.parameters()))
+    assert run.train_step()["skipped"] and all(map(torch.equal, before, run.model.parameters()))
     hook.remove()
-    line, _ = run.train_step()
+    line = run.train_step()
     assert "skipped" not in line and not any(map(torch.equal, before, run.model.parameters()))
     run.log.close()
 
 
-def test_ten_nans_in_a_row_end_the_run(small_shards, tmp_path):
-    driver = tmp_path / "driver.py"
-    driver.write_text(POISON.format(root=str(ROOT), when="step >= 5", rank=0))
-    out, err = run(driver, *SMALL, "--max_steps", 40, "--checkpoint_every", 4, "--data", small_shards, "--out_dir", tmp_path / "log", expect=1)
-    assert "10 steps in a row" in err and "step_000012" in err and "Traceback" not in err
+def test_ten_nans_in_a_row_end_the_run(small_shards, tmp_path, monkeypatch):
+    poison(monkeypatch, range(5, 40))
+    line = refused("train_gpt2.py", *SMALL, "--max_steps", 40, "--checkpoint_every", 4, "--data", small_shards, "--out_dir", tmp_path / "log",
+                   "--quiet", code=1)
+    assert "10 steps in a row" in line and "step_000012" in line
     assert len(losses(tmp_path / "log")) == 15
 
 
-def test_any_ranks_error_ends_all_with_its_message(small_shards, tmp_path):
+def test_any_ranks_error_ends_all_with_its_message(small_shards, tmp_path, monkeypatch):
     """Only rank 1 finds its part of the data damaged, in the middle of the run."""
-    folder = tmp_path / "shards"
-    shutil.copytree(small_shards, folder)
-    driver = tmp_path / "driver.py"
-    driver.write_text(POISON.format(root=str(ROOT), when="False", rank=0).replace(
-        "    return honest(loader)", "    if step == 3 and os.environ['RANK'] == '1':\n        raise fineweb.UserError('shard 7 is damaged')\n    return honest(loader)"))
-    out, err = run(driver, *SMALL, "--data", folder, "--out_dir", tmp_path / "log", torchrun=2, expect=None)
-    assert err.count("error: shard 7 is damaged") == 1 and "Traceback (most recent call last):\n  File \"%s" % ROOT not in err
+    read_windows = train_gpt2.Corpus.read_windows
+    calls = []
+
+    def damaged(corpus, pairs):
+        calls.append(pairs)
+        if len(calls) == 4 and os.environ.get("RANK") == "1":
+            raise fineweb.UserError("shard 7 is damaged")
+        return read_windows(corpus, pairs)
+    monkeypatch.setattr(train_gpt2.Corpus, "read_windows", damaged)
+    out, err = run_ranks(2, "train_gpt2.py", *SMALL, "--data", small_shards, "--out_dir", tmp_path / "log", "--quiet", expect=2)
+    assert err.count("error: shard 7 is damaged") == 1 and "Traceback" not in err
 
 
-def test_eval_leaves_hellaswag_out_on_all_ranks(one_process, tmp_path):
-    (tmp_path / "driver.py").write_text(f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb, hellaswag, train_gpt2\n"
-                                        "def load(path):\n"
-                                        "    if os.environ['RANK'] == '1':\n        raise fineweb.UserError('no network')\n"
-                                        "    return [{}]\n"
-                                        "hellaswag.load_examples = load\n"
-                                        "fineweb.run_cli(train_gpt2.main)\n")
-    out, _ = run(tmp_path / "driver.py", "eval", "--checkpoint", one_process / "latest", "--device", "cpu", torchrun=2)
-    assert "HellaSwag is left out: another process could not read it" in out
+def test_hellaswag_is_read_by_rank_0_for_all(one_process, tmp_path, monkeypatch):
+    """And left out on all where rank 0 cannot."""
+    def load(path):
+        assert os.environ["RANK"] == "0"
+        if path is None:
+            raise fineweb.UserError("no network")
+        return make_examples(7)
+    monkeypatch.setattr(train_gpt2.hellaswag, "load_examples", load)
+    flags = ["eval", "--checkpoint", one_process / "latest", "--device", "cpu"]
+    out, _ = run_ranks(2, "train_gpt2.py", *flags)
+    assert out.count("HellaSwag is left out: no network") == 1
+    out, _ = run_ranks(2, "train_gpt2.py", *flags, "--hellaswag_data", "given.jsonl")
+    assert "of 7" in out
 
 
 def test_bad_flags_under_torchrun_are_said_once(tmp_path):
-    _, err = run("train_gpt2.py", "--max_stepz", 3, torchrun=2, expect=None)
+    _, err = run_ranks(2, "train_gpt2.py", "--max_stepz", 3, expect=2)
     assert err.count("--max_stepz") == 1
-    _, err = run("train_gpt2.py", "--data", "nowhere", "--device", "cpu", "--out_dir", tmp_path / "log", torchrun=2, expect=None)
+    _, err = run_ranks(2, "train_gpt2.py", "--data", "nowhere", "--device", "cpu", "--out_dir", tmp_path / "log", expect=2)
+    assert err.count("error: --data nowhere") == 1
+    _, err = spawn("train_gpt2.py", "--data", "nowhere", "--out_dir", tmp_path / "log", torchrun=2).finish(expect=None)
     assert err.count("error: --data nowhere") == 1
 
 
@@ -423,7 +454,8 @@ def spoil(path, change):
 def test_a_bad_shard_is_one_line_through_the_command_line(split, change, says, small_shards, tmp_path):
     shutil.copytree(small_shards, tmp_path / "shards")
     spoil(tmp_path / f"shards/edufineweb_{split}.npy", change)
-    line = refused("train_gpt2.py", *SMALL, "--max_steps", 20, "--eval_tokens", 3000, "--data", tmp_path / "shards", "--out_dir", tmp_path / "log")
+    line = refused("train_gpt2.py", *SMALL, "--max_steps", 20, "--eval_tokens", 3000, "--data", tmp_path / "shards", "--out_dir", tmp_path / "log",
+                   "--quiet")
     assert f"edufineweb_{split}.npy" in line and says in line
 
 
@@ -434,19 +466,23 @@ def test_out_of_memory_is_known_by_its_kind_or_its_words():
     assert not train_gpt2.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-def test_out_of_memory_names_the_batch_that_fits(small_shards, tmp_path):
-    driver = tmp_path / "driver.py"
-    driver.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, fineweb, train_gpt2\n"
-                      "forward = train_gpt2.GPT.forward\n"
-                      "def small(self, idx, targets=None):\n"
-                      "    if idx.size(0) > 5:\n        raise torch.OutOfMemoryError('CUDA out of memory')\n"
-                      "    return forward(self, idx, targets)\n"
-                      "train_gpt2.GPT.forward = small\n"
-                      "fineweb.run_cli(train_gpt2.main)\n")
-    flags = [*SMALL, "--eval_every", 0, "--data", small_shards]
-    line = refused(driver, *flags, "--batch_size", 16, "--out_dir", tmp_path / "log", code=1)
-    assert "out of memory with --batch_size 16; 4 fits: add --batch_size 4" in line
-    run(driver, *flags, "--batch_size", 4, "--out_dir", tmp_path / "fits")
+def test_out_of_memory_names_the_next_smaller_batch(small_shards, tmp_path, monkeypatch):
+    forward = GPT.forward
+
+    def small(self, idx, targets=None):
+        if idx.size(0) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, idx, targets)
+    monkeypatch.setattr(GPT, "forward", small)
+    flags = [*SMALL, "--eval_every", 0, "--data", small_shards, "--quiet"]
+    line = refused("train_gpt2.py", *flags, "--batch_size", 16, "--out_dir", tmp_path / "log", code=1)
+    assert "out of memory with --batch_size 16; add --batch_size 8" in line
+    line = refused("train_gpt2.py", "--resume", "--batch_size", 8, "--out_dir", tmp_path / "log", code=1)
+    assert "out of memory with --batch_size 8; add --batch_size 4" in line
+    run("train_gpt2.py", "--resume", "--batch_size", 4, "--out_dir", tmp_path / "log")
+    monkeypatch.setattr(GPT, "forward", lambda *args: small(*args[:1], torch.zeros(6)))
+    line = refused("train_gpt2.py", *flags, "--batch_size", 1, "--out_dir", tmp_path / "one", code=1)
+    assert "out of memory with --batch_size 1; a smaller --block_size or model is needed" in line
 
 
 @pytest.fixture
@@ -463,26 +499,21 @@ def tiny_disk(tmp_path):
 def test_a_full_disk_keeps_the_old_checkpoints_and_says_so(tiny_disk, small_shards, tmp_path):
     flags = [*SMALL, "--n_layer", 4, "--n_embd", 64, "--data", small_shards, "--checkpoint_every", 2, "--keep_checkpoints", 0]
     out, err = run("train_gpt2.py", *flags, "--out_dir", tiny_disk / "log", expect=1)
-    assert "step_000004 could not be written" in out and "newest complete checkpoint is" in out and "free some space" in out
+    assert "step_000004 could not be written" in out and "the last good checkpoint is" in out and "free some space" in out
     assert "Traceback" not in err and len(losses(tiny_disk / "log")) == 6  # the run itself went on
     kept = sorted(p.name for p in (tiny_disk / "log").glob("step_*"))
     assert kept == ["step_000002"] and not list((tiny_disk / "log").glob(".tmp_step*"))
-    run("train_gpt2.py", "--resume", tiny_disk / "log/step_000002", "--out_dir", tmp_path / "log", "--device", "cpu")
+    run("train_gpt2.py", "--resume_from", tiny_disk / "log/step_000002", "--out_dir", tmp_path / "log", "--device", "cpu")
 
 
-def test_the_checkpoint_just_written_is_kept_beside_a_damaged_newer_one(tmp_path):
-    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=64))
-    for step in (100, 200, 1_000_000, 130):
-        train_gpt2.save_checkpoint(tmp_path, step, model, None, {"model": {}}, keep=1 if step == 130 else 0)
-    assert [p.name for p in train_gpt2.list_checkpoints(tmp_path)] == ["step_000130", "step_000200", "step_1000000"]
+def test_the_checkpoint_just_written_is_kept_beside_a_damaged_newer_one(small_shards, tmp_path, signals):
+    flags = [*SMALL, "--data", small_shards, "--out_dir", tmp_path]
+    run = train_gpt2.start_run([str(flag) for flag in flags], World())
+    for run.step, keep in ((100, 0), (200, 0), (1_000_000, 0), (130, 1)):
+        run.config.evaluation.keep_checkpoints = keep
+        run.save()
+    assert [path.name for path in train_gpt2.list_checkpoints(tmp_path).values()] == ["step_000130", "step_000200", "step_1000000"]
     assert os.readlink(tmp_path / "latest") == "step_000130"
-
-
-def test_torchruns_restart_does_not_resume_a_run_that_was_refused(one_process, small_shards):
-    before = (one_process / "log.jsonl").read_text()
-    _, err = run("train_gpt2.py", *SMALL, "--max_steps", 40, "--data", small_shards, "--out_dir", one_process, expect=1,
-                 torchrun=["--standalone", "--nproc_per_node", 1, "--max_restarts", 1, "--monitor_interval", 0.1])
-    assert err.count("already holds a run") == 2 and (one_process / "log.jsonl").read_text() == before, err
 
 
 def test_keep_checkpoints(small_shards, tmp_path):

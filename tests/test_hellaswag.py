@@ -1,11 +1,13 @@
 """hellaswag.py against an independent scorer: one row at a time, fp32, full logits, straight from the two definitions."""
 
 import copy
+import dataclasses
 import functools
 import json
 import math
 import random
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -53,12 +55,14 @@ def make_examples(n, seed=0):
         if i == 10:
             ctx_a, ctx_b = ctx_a + " [step]", ""   # cleaned: a context that ends with a space
         if i == 11:
-            endings[1] = endings[0]                # a tie: the first counts
+            endings[1] = endings[0]                # a tie, of two wrong endings: rounding may decide it
         if i == 12:
             endings = ["[substeps]", "off.", "s the", "[title] on."]
         ctx = f"{ctx_a} {ctx_b}" if ctx_b else ctx_a
         examples.append({"ind": i, "activity_label": label, "ctx_a": ctx_a, "ctx_b": ctx_b, "ctx": ctx, "split": "val",
                          "split_type": "indomain", "label": rng.randrange(4), "endings": endings, "source_id": f"x~{i}"})
+        if i == 11:
+            examples[-1]["label"] = 3
     return examples
 
 
@@ -101,27 +105,26 @@ def randomize(model, std):
 
 @functools.cache
 def build(kind):
-    import transformers as hf  # each model's code is loaded when it is named
+    import transformers as hf
 
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                  vocab_size=VOCAB, max_position_embeddings=128, bos_token_id=0, eos_token_id=0)
-    own = dict(n_layer=2, n_head=4, n_embd=64, block_size=128, vocab_size=VOCAB)
-    model = {
-        "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=2, n_head=4, n_embd=64, n_positions=128, vocab_size=VOCAB)),
-        "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)),
-        "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**sizes, sliding_window=24)),
-        "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(n_layer=2, n_head=4, hidden_size=64, vocab_size=VOCAB,
-                                                            max_position_embeddings=128)),
-        "granite": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**sizes, logits_scaling=0.5)),
-        "neo": lambda: hf.GPTNeoForCausalLM(hf.GPTNeoConfig(hidden_size=64, num_layers=2, num_heads=4, vocab_size=VOCAB,
-                                                            attention_types=[[["global", "local"], 1]], window_size=24,
-                                                            max_position_embeddings=128)),
-        "mixed": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**sizes, head_dim=16, use_sliding_window=True, sliding_window=24,
-                                                            max_window_layers=1)),
-        "ours": lambda: GPT(GPTConfig(**own)),
-        "ours-window": lambda: GPT(GPTConfig(**own, window=24)),
-    }[kind]()
-    return randomize(model, 0.1)
+    gpt2_sizes = dict(n_layer=2, n_head=4, n_embd=64, vocab_size=VOCAB)
+    config = {
+        "gpt2": hf.GPT2Config(**gpt2_sizes, n_positions=128, bos_token_id=0, eos_token_id=0),
+        "llama": hf.LlamaConfig(**sizes),
+        "mistral": hf.MistralConfig(**sizes, sliding_window=24),
+        "bloom": hf.BloomConfig(n_layer=2, n_head=4, hidden_size=64, vocab_size=VOCAB, max_position_embeddings=128),
+        "granite": hf.GraniteConfig(**sizes, logits_scaling=0.5),
+        "neo": hf.GPTNeoConfig(hidden_size=64, num_layers=2, num_heads=4, vocab_size=VOCAB, bos_token_id=0, eos_token_id=0,
+                               attention_types=[[["global", "local"], 1]], window_size=24, max_position_embeddings=128),
+        "mixed": hf.Qwen3Config(**sizes, head_dim=16, use_sliding_window=True, sliding_window=24, max_window_layers=1),
+        "ours": GPTConfig(**gpt2_sizes, block_size=128),
+        "ours-window": GPTConfig(**gpt2_sizes, block_size=128, window=24),
+    }[kind]
+    if kind.startswith("ours"):
+        return randomize(GPT(config), 0.1)
+    return randomize(hf.AutoModelForCausalLM.from_config(config), 0.1)
 
 
 EXAMPLES = make_examples(120)
@@ -132,9 +135,12 @@ UNSHARED = ["bloom", "mixed", "neo"]  # whose attention is not a matter of posit
 
 
 @functools.cache
-def encode():
-    tokenizer = fineweb.get_tokenizer("gpt2")
-    return lambda text: [i % VOCAB for i in tokenizer.encode(text)]
+def gpt2_tokenizer():
+    return fineweb.get_tokenizer("gpt2")
+
+
+def encode(text):
+    return [i % VOCAB for i in gpt2_tokenizer().encode(text)]
 
 
 @functools.cache
@@ -143,21 +149,28 @@ def reference(kind, style):
     model = build(kind)
     logits_of = model if hasattr(model, "hidden_states") else lambda idx: model(idx, use_cache=False).logits
     with torch.no_grad():
-        scores = [reference_scores(logits_of, example, encode(), style, 128) for example in EXAMPLES]
+        scores = [reference_scores(logits_of, example, encode, style, 128) for example in EXAMPLES]
     return np.array([s for s, _ in scores]), np.array([m for _, m in scores])
 
 
 @torch.no_grad()
-def takes_branches(model, style, examples=EXAMPLES):
-    items = [hellaswag.prepare(i, example, encode(), style, 128) for i, example in enumerate(examples)]
-    return hellaswag.takes_branches(model, items, torch.device("cpu"))
+def make_items(model, style, examples=EXAMPLES, encode=encode):
+    return hellaswag.make_items(model, examples, encode, style, torch.device("cpu"))
 
 
-def our_scores(model, style, examples=EXAMPLES):
-    sums, normed = np.empty((len(examples), 4)), np.empty((len(examples), 4))
-    with torch.no_grad():
-        for indices, losses, means, _ in hellaswag.score(model, examples, encode(), style, torch.device("cpu")):
-            sums[indices], normed[indices] = losses, means
+def are_packed(items):
+    return any(len(item.rows) == 1 for item in items)
+
+
+@torch.no_grad()
+def our_scores(model, items):
+    """Summed and normed losses of items of EXAMPLES: two (n, 4) arrays."""
+    sums, normed = np.empty((len(items), 4)), np.empty((len(items), 4))
+    for batch in hellaswag.make_batches(items, "cpu"):
+        rows = [item.example["ind"] for item in batch]
+        sums[rows] = hellaswag.score_batch(model, batch, torch.device("cpu"))
+        with np.errstate(divide="ignore"):  # an ending of no characters
+            normed[rows] = sums[rows] / np.array([item.lengths for item in batch])
     return sums, normed
 
 
@@ -169,8 +182,9 @@ def expected_result(kind, style):
 
 
 def check_predictions(kind, style):
-    assert takes_branches(build(kind), style) == (kind not in UNSHARED)
-    for ours, expected in zip(our_scores(build(kind), style), reference(kind, style)):
+    items = make_items(build(kind), style)
+    assert are_packed(items) == (kind not in UNSHARED)
+    for ours, expected in zip(our_scores(build(kind), items), reference(kind, style)):
         finite = np.isfinite(ours)
         assert (expected[~finite] > 1e200).all()  # an ending of no characters can never win
         np.testing.assert_allclose(ours[finite], expected[finite], rtol=2e-5, atol=1e-4)
@@ -203,12 +217,12 @@ def test_evaluate(kind):
         expected = expected_result(kind, style)
         # the compiled model is scored through the raw one; with its wrapper on, every shape would compile anew
         for scored in (model, torch.compile(model)):
-            result = hellaswag.evaluate(scored, EXAMPLES, encode(), style)
+            result = hellaswag.evaluate(scored, EXAMPLES, encode, style)
             assert {name: result[name] for name in expected} == pytest.approx(expected)
             p = result["acc"]
             assert result["acc_stderr"] == pytest.approx(np.std([1.0] * round(120 * p) + [0.0] * round(120 * (1 - p)), ddof=1)
                                                          / math.sqrt(120))
-        long = [any(len(encode()(example["ctx"])) + len(encode()(" " + ending)) > 129 for ending in example["endings"])
+        long = [any(len(encode(example["ctx"])) + len(encode(" " + ending)) > 129 for ending in example["endings"])
                 for example in EXAMPLES]
         if style == "completion":
             assert result["truncated"] == sum(long) >= 3
@@ -220,42 +234,66 @@ def test_evaluate(kind):
 def test_bfloat16_is_within_a_point(kind):
     examples = make_examples(400, seed=5)
     model = build(kind)
-    exact = hellaswag.evaluate(model, examples, encode())
+    exact = hellaswag.evaluate(model, examples, encode)
     half = copy.deepcopy(model).bfloat16()
-    assert takes_branches(half, "completion", examples)
-    rounded = hellaswag.evaluate(half, examples, encode())
+    assert are_packed(make_items(half, "completion", examples))
+    rounded = hellaswag.evaluate(half, examples, encode)
     for name in ("acc", "acc_norm"):
         assert rounded[name] == pytest.approx(exact[name], abs=0.01)
 
 
-def run_rank(rank, world_size, folder):
-    torch.set_num_threads(1)
+def evaluate_as_rank(rank, world_size, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    results = {kind: {style: hellaswag.evaluate(build(kind), EXAMPLES, encode(), style) for style in hellaswag.STYLES}
+    results = {kind: {style: hellaswag.evaluate(build(kind), EXAMPLES, encode, style) for style in hellaswag.STYLES}
                for kind in ("gpt2", "llama", "ours")}
-    results["one example"] = hellaswag.evaluate(build("ours"), EXAMPLES[:1], encode())
+    results["one example"] = hellaswag.evaluate(build("ours"), EXAMPLES[:1], encode)
     with open(f"{folder}/{rank}.json", "w") as f:
         json.dump(results, f)
     dist.destroy_process_group()
 
 
 def test_two_ranks_count_as_one(tmp_path):
-    mp.start_processes(run_rank, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
+    mp.start_processes(evaluate_as_rank, (2, str(tmp_path)), nprocs=2, start_method="fork")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     for kind in ("gpt2", "llama", "ours"):
         for style in hellaswag.STYLES:
-            assert first[kind][style] == hellaswag.evaluate(build(kind), EXAMPLES, encode(), style)
+            assert first[kind][style] == hellaswag.evaluate(build(kind), EXAMPLES, encode, style)
             assert first[kind][style]["acc_norm"] == pytest.approx(expected_result(kind, style)["acc_norm"])
-    assert first["one example"] == hellaswag.evaluate(build("ours"), EXAMPLES[:1], encode())  # the other rank has none
+    assert first["one example"] == hellaswag.evaluate(build("ours"), EXAMPLES[:1], encode)  # the other rank has none
+
+
+def test_a_packed_row():
+    """The picture in hellaswag.py, with letters for tokens."""
+    context, endings = [ord("T"), ord("m")], [list(b"rh."), list(b"sas."), list(b"s."), list(b"it.")]
+    ids, positions, segments, targets, indices = hellaswag.pack(context, endings)
+    assert bytes(ids.tolist()) == b"Tm" + b"rh" + b"sas" + b"s" + b"it"
+    assert positions.tolist() == [0, 1, 2, 3, 2, 3, 4, 2, 2, 3]
+    assert segments.tolist() == [0, 0, 1, 1, 2, 2, 2, 3, 4, 4]
+    assert bytes(targets.tolist()) == b"rh." + b"sas." + b"s." + b"it."
+    assert indices.tolist() == [1, 2, 3, 1, 4, 5, 6, 1, 7, 1, 8, 9]
+    for window in (0, 2):
+        mask = hellaswag.visibility_mask(positions[None], segments[None], window)
+        seen = [bytes(ids[row].tolist()) for row in mask[0, 0]]
+        assert seen == ([b"T", b"Tm", b"Tmr", b"Tmrh", b"Tms", b"Tmsa", b"Tmsas", b"Tms", b"Tmi", b"Tmit"] if not window else
+                        [b"T", b"Tm", b"mr", b"rh", b"ms", b"sa", b"as", b"ms", b"mi", b"it"])
+
+
+def test_an_ending_of_no_tokens_scores_nothing():
+    for packed in (True, False):
+        example = {**EXAMPLES[0], "ctx": "a", "endings": ["", "b", "c", "d"]}
+        item = hellaswag.make_item(example, lambda text: list(text.strip().encode()), "completion", 128, packed)
+        with torch.no_grad():
+            losses = hellaswag.score_batch(build("ours"), [item], torch.device("cpu"))[0]
+        assert losses[0] == 0 and (losses[1:] > 0).all()
 
 
 def test_the_context_runs_once_and_nothing_is_padded_much():
     """Counts the tokens that go through the model, and the positions that go through its head."""
-    class Counting(type(build("ours"))):
-        def hidden_states(self, idx, cache=None):
+    class Counting(GPT):
+        def hidden_states(self, idx, *args):
             self.read += idx.numel()
-            return super().hidden_states(idx, cache)
+            return super().hidden_states(idx, *args)
 
         def logits(self, h):
             self.scored += h.numel() // h.shape[-1]
@@ -263,10 +301,10 @@ def test_the_context_runs_once_and_nothing_is_padded_much():
 
     model = copy.deepcopy(build("ours"))
     model.__class__, model.read, model.scored = Counting, 0, 0
-    examples = [example for example in make_examples(300, seed=2) if len(encode()(example["ctx"])) < 60][:100]
-    hellaswag.evaluate(model, examples, encode())
-    contexts = sum(len(encode()(example["ctx"])) for example in examples)
-    endings = sum(min(128, len(encode()(" " + ending))) for example in examples for ending in example["endings"])
+    examples = [example for example in make_examples(300, seed=2) if len(encode(example["ctx"])) < 60][:100]
+    hellaswag.evaluate(model, examples, encode)
+    contexts = sum(len(encode(example["ctx"])) for example in examples)
+    endings = sum(min(128, len(encode(" " + ending))) for example in examples for ending in example["endings"])
     assert model.scored == endings  # the head sees nothing else
     least = contexts + endings - 4 * len(examples)
     assert least <= model.read < 1.25 * least
@@ -293,30 +331,43 @@ def test_the_hubs_format_and_the_limit(tmp_path, monkeypatch):
         hellaswag.load_examples()
 
 
-BAD = {"no label": lambda e: e.pop("label"), "label ''": lambda e: e.update(label=""), "label 4": lambda e: e.update(label=4),
-       "label True": lambda e: e.update(label=True), "three endings": lambda e: e["endings"].pop(),
-       "empty ending": lambda e: e["endings"].__setitem__(2, " "), "number": lambda e: e["endings"].__setitem__(0, 5),
-       "no ctx": lambda e: e.pop("ctx"), "empty ctx": lambda e: e.update(ctx=""), "ctx_b": lambda e: e.update(ctx_b=None)}
+BAD = {  # a field, what stands there (...: nothing), what is said of it
+    "no label": ("label", ..., "label None"), "label ''": ("label", "", "label ''"), "label 4": ("label", 4, "label 4"),
+    "label True": ("label", True, "label True"), "three endings": ("endings", list("abc"), "not four 'endings'"),
+    "empty ending": ("endings", ["a", "b", " ", "d"], "an ending is empty"),
+    "number": ("endings", [5, "b", "c", "d"], "an ending is empty or not text"), "no ctx": ("ctx", ..., "no text in 'ctx'"),
+    "empty ctx": ("ctx", "", "'ctx' or an ending is empty"), "ctx_b": ("ctx_b", None, "no text in 'ctx_b'")}
+BAD_LINES = {"not JSON": b'{"ctx": "a', "not UTF-8": b'{"ctx": "\xff"}', "no object": b"[]"}
 
 
-@pytest.mark.parametrize("line", [*BAD, "not JSON", "not UTF-8", "no object"])
-def test_malformed_examples_name_the_line(line, tmp_path):
-    example = copy.deepcopy(EXAMPLES[0])
-    if line in BAD:
-        BAD[line](example)
-    text = {"not JSON": b'{"ctx": "a', "not UTF-8": b'{"ctx": "\xff"}', "no object": b"[]"}.get(line, json.dumps(example).encode())
+@pytest.mark.parametrize("kind", [*BAD, *BAD_LINES])
+def test_malformed_examples_name_the_line(kind, tmp_path):
+    line, problem = BAD_LINES.get(kind), ""
+    if kind in BAD:
+        name, value, problem = BAD[kind]
+        fields = {**EXAMPLES[0], name: value}
+        line = json.dumps({name: value for name, value in fields.items() if value is not ...}).encode()
     path = tmp_path / "bad.jsonl"
-    path.write_bytes(json.dumps(EXAMPLES[1]).encode() + b"\n" + text + b"\n")
+    path.write_bytes(json.dumps(EXAMPLES[1]).encode() + b"\n" + line + b"\n")
     with pytest.raises(fineweb.UserError, match=r"bad\.jsonl, line 2: ") as caught:
         hellaswag.load_examples(str(path))
-    assert "\n" not in str(caught.value)
+    assert problem in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_blank_lines_are_skipped_and_an_empty_file_is_refused(tmp_path):
+    path = tmp_path / "val.jsonl"
+    path.write_text("\n".join(["", json.dumps(EXAMPLES[0]), " ", json.dumps(EXAMPLES[1]), "not read"]))
+    assert hellaswag.load_examples(str(path), limit=2) == EXAMPLES[:2]
+    path.write_text("\n")
+    with pytest.raises(fineweb.UserError, match=r"val\.jsonl: no examples in it"):
+        hellaswag.load_examples(str(path))
 
 
 def test_cleaning_is_the_harness_own():
     """Worked by hand from lm-evaluation-harness's definition."""
     example = {"ctx": "x", "ctx_a": "[header] How to swim [title] Go in. [step] Breathe.", "ctx_b": "the Man",
                "activity_label": "Sports", "endings": ["[substeps] Dive  in. [title] Rest. ", "b", "c", "d"]}
-    spelled = lambda text: list(text.encode())
+    spelled = fineweb.get_tokenizer("byte").encode
     context, endings, lengths = hellaswag.render(example, spelled, "harness")
     assert bytes(context).decode() == "Sports: How to swim. Go in. Breathe. The man"
     assert bytes(endings[0]).decode() == "  Dive in.. Rest." and lengths[0] == len(" Dive in.. Rest.")
@@ -373,6 +424,51 @@ def test_command_line(kind, style, tmp_path):
     assert result["n"] == 20 and result["truncated"] > 0 and result["style"] == style
 
 
+@pytest.mark.parametrize("model_type, parts", [
+    ("gpt2", {}),
+    ("llama", dict(rope=True, rmsnorm=True, swiglu=True)),
+    ("mistral", dict(rope=True, rmsnorm=True, swiglu=True, bias=False, window=24)),
+    ("qwen3", dict(rope=True, rmsnorm=True, swiglu=True, bias=False, qk_norm=True, window=24))])
+def test_a_checkpoint_is_scored_as_our_own_model(model_type, parts, tmp_path):
+    model = randomize(GPT(GPTConfig(n_layer=2, n_head=4, n_embd=64, block_size=256, vocab_size=257, **parts)), 0.1)
+    tokenizer = fineweb.get_tokenizer("byte")
+    assert model.save_pretrained(str(tmp_path), tokenizer) == model_type
+    for style in hellaswag.STYLES:
+        opened, encode = hellaswag.open_model(str(tmp_path), style)
+        items = make_items(opened, style, EXAMPLES[:24], encode)
+        assert are_packed(items)
+        expected = our_scores(model, make_items(model, style, EXAMPLES[:24], tokenizer.encode))
+        for scores, ours in zip(our_scores(opened, items), expected):
+            np.testing.assert_allclose(scores, ours, rtol=1e-4)
+
+
+def test_a_checkpoint_of_our_own_type_is_for_eval(tmp_path):
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=257, rope=True))
+    assert model.save_pretrained(str(tmp_path / "model")) == "train_gpt2"
+    (tmp_path / "val.jsonl").write_text(json.dumps(EXAMPLES[0]) + "\n")
+    line = refused("hellaswag.py", "--model", tmp_path / "model", "--data", tmp_path / "val.jsonl")
+    assert f"python train_gpt2.py eval --checkpoint {tmp_path / 'model'}" in line
+
+
+def test_train_gpt2_is_never_imported(tmp_path, monkeypatch):
+    save_folder("gpt2", tmp_path / "model")
+    (tmp_path / "val.jsonl").write_text(json.dumps(EXAMPLES[0]) + "\n")
+    monkeypatch.setitem(sys.modules, "train_gpt2", None)  # to import it is an error now
+    monkeypatch.delitem(sys.modules, "hellaswag")         # so that it is imported once more
+    out, _ = run("hellaswag.py", "--model", tmp_path / "model", "--data", tmp_path / "val.jsonl", "--device", "cpu")
+    assert json.loads(out.splitlines()[-1])["n"] == 1
+
+
+def test_flags():
+    out, _ = run("hellaswag.py", "--help")
+    for field in dataclasses.fields(hellaswag.Flags):
+        assert f"--{field.name}" in out
+    assert "only so many of the first examples" in out and "completion,harness" in out
+    _, err = run("hellaswag.py", "--style", "both", expect=2)
+    assert "completion" in err and "harness" in err
+    assert "--limit -1: 0 means all" in refused("hellaswag.py", "--limit", -1)
+
+
 def test_wrong_input_is_one_line(tmp_path):
     folder = tmp_path / "empty"
     folder.mkdir()
@@ -382,3 +478,65 @@ def test_wrong_input_is_one_line(tmp_path):
                             (["--data", tmp_path / "bad.jsonl"], "bad.jsonl, line 1"),
                             (["--data", tmp_path / "none.jsonl"], "none.jsonl: No such file")):
         assert expected in refused("hellaswag.py", *flags)
+
+
+# -----------------------------------------------------------------------------
+# device and dtype
+
+@pytest.fixture
+def without_torchrun(monkeypatch):
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_each_process_of_torchrun_has_its_own_device(without_torchrun, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert hellaswag.pick_device("cuda:5") == "cuda:5"
+    assert hellaswag.pick_device("cuda") == hellaswag.pick_device("auto") == "cuda:0"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert hellaswag.pick_device("cuda") == hellaswag.pick_device("auto") == "cuda:3"
+    assert hellaswag.pick_device("cpu") == "cpu"
+    with pytest.raises(fineweb.UserError, match="--device cuda:1: .*one device each with --device cuda"):
+        hellaswag.pick_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # fewer than processes
+    for name in ("cuda", "auto"):
+        with pytest.raises(fineweb.UserError, match="--device cuda:3: this machine has 2 CUDA devices; .*--device cpu"):
+            hellaswag.pick_device(name)
+
+
+def test_a_device_that_is_not_here_is_refused(without_torchrun, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert hellaswag.pick_device("auto") == hellaswag.pick_device("cpu") == "cpu"
+    for name, problem in [("cuda", "--device cuda:0: this machine has 0 CUDA devices"),
+                          ("cuda:1", "--device cuda:1: this machine has 0 CUDA devices"),
+                          ("mps", "--device mps: not available here"),
+                          ("gpu", "--device gpu: not one of auto, cpu, cuda, cuda:N, mps"),
+                          ("cuda:", "--device cuda:: not one of")]:
+        assert problem in refused("hellaswag.py", "--device", name)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert hellaswag.pick_device("auto") == hellaswag.pick_device("mps") == "mps"
+
+
+def test_auto_is_bfloat16_where_the_chip_multiplies_it(monkeypatch):
+    def capabilities(**found):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+        return hellaswag.pick_dtype("auto", "cpu", without_bfloat16=torch.float16)
+
+    def supported(native):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+
+    assert capabilities(amx_bf16=True) == capabilities(avx512_bf16=True) == capabilities(bf16=True) == torch.bfloat16
+    assert capabilities(avx2=True, bf16=False) == torch.float32
+    supported(True)
+    assert hellaswag.pick_dtype("auto", "cuda", without_bfloat16=torch.float16) == torch.bfloat16
+    supported(False)
+    assert hellaswag.pick_dtype("auto", "cuda", without_bfloat16=torch.float16) == torch.float16
+    assert hellaswag.pick_dtype("auto", "cuda") == torch.float32
+    assert hellaswag.pick_dtype("auto", "mps", without_bfloat16=torch.float16) == torch.float32
+    for name in ("bfloat16", "float16", "float32"):
+        for device_type in ("cpu", "cuda", "mps"):
+            assert hellaswag.pick_dtype(name, device_type) == getattr(torch, name)

@@ -2,9 +2,11 @@
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -16,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 import fineweb
 import train_gpt2
-from conftest import ROOT, SMALL, log_lines, losses, refused, run, shell
-from train_gpt2 import GPT, GPTConfig, TrainConfig
+from conftest import ROOT, SMALL, call_main, log_lines, losses, refused, run
+from train_gpt2 import GPT, GPTConfig, RecipeFlags, ScheduleFlags
 
 
 def test_importing_does_nothing():
@@ -28,7 +30,7 @@ def test_importing_does_nothing():
             "    return real(path, mode, *a, **k)\n"
             "builtins.open = watched\n"
             "import train_gpt2, fineweb, hellaswag\n"
-            "heavy = {'datasets', 'transformers', 'tiktoken', 'wandb', 'tensorboard', 'matplotlib', 'pyarrow', 'safetensors'}\n"
+            "heavy = {'datasets', 'transformers', 'tiktoken', 'wandb', 'tensorboard', 'matplotlib', 'pyarrow', 'safetensors', 'tyro'}\n"
             "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
             "assert not torch.cuda.is_initialized()") % str(ROOT)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -37,7 +39,7 @@ def test_importing_does_nothing():
 
 def test_tiny_learns_and_everything_around_it_works(tmp_path):
     """The default run, shortened: falling validation losses, samples, a checkpoint, the command that samples from it."""
-    out, err = run("train_gpt2.py", "--max_steps", 60, "--total_batch_size", 512, "--eval_every", 20, "--eval_tokens", 8192, "--sample_every", 30,
+    out, _ = run("train_gpt2.py", "--max_steps", 60, "--total_batch_size", 512, "--eval_every", 20, "--eval_tokens", 8192, "--sample_every", 30,
                    "--checkpoint_every", 30, "--out_dir", tmp_path / "log", cwd=ROOT)
     vals = [line["loss"] for line in log_lines(tmp_path / "log", "val")]
     assert len(vals) == 3 and vals[0] > vals[1] > vals[2] and vals[2] < 3.0
@@ -45,7 +47,8 @@ def test_tiny_learns_and_everything_around_it_works(tmp_path):
     assert (tmp_path / "log/latest").is_symlink() and (tmp_path / "log/latest").resolve().name == "step_000060"
     last = out.strip().splitlines()[-1]
     assert "sample --checkpoint" in last
-    said = shell(last + " --max_new_tokens 20", cwd=ROOT)
+    script, *words = shlex.split(last)[1:]
+    said, _ = run(script, *words, "--max_new_tokens", 20, cwd=ROOT)
     assert said.startswith("ROMEO:") and len(said) > 15
     first = json.loads((tmp_path / "log/log.jsonl").read_text().splitlines()[0])
     assert first["kind"] == "config" and first["preset"] == "tiny" and first["max_steps"] == 60
@@ -53,7 +56,7 @@ def test_tiny_learns_and_everything_around_it_works(tmp_path):
     train = log_lines(tmp_path / "log", "train")
     assert [line["step"] for line in train] == list(range(1, 61)) and all(set(line) == keys for line in train)
     assert len(log_lines(tmp_path / "log", "sample")) == 2
-    out, _ = run("train_gpt2.py", "eval", "--checkpoint", tmp_path / "log/latest", cwd=ROOT, env={"HF_DATASETS_OFFLINE": "1"})
+    out, _ = run("train_gpt2.py", "eval", "--checkpoint", tmp_path / "log/latest", cwd=ROOT)
     assert "HellaSwag is left out" in out
     loss, perplexity = map(float, re.search(r"validation loss ([\d.]+) nats a token, perplexity ([\d.]+)", out).groups())
     assert loss == pytest.approx(vals[2], abs=1e-3) and perplexity == pytest.approx(math.exp(vals[2]), abs=0.02)
@@ -65,7 +68,7 @@ def test_tiny_learns_and_everything_around_it_works(tmp_path):
 def test_gpt2_preset_trains_its_real_parameters(tmp_path):
     out, _ = run("train_gpt2.py", "--preset", "gpt2", "--data", ROOT / "input.txt", "--max_steps", 1, "--batch_size", 1,
                  "--total_batch_size", 1024, "--eval_every", 0, "--sample_every", 0, "--checkpoint_every", 0,
-                 "--hellaswag_every", 0, "--no-compile", "--out_dir", tmp_path)
+                 "--hellaswag_every", 0, "--no_compile", "--out_dir", tmp_path)
     assert "124,439,808 parameters" in out
     assert abs(losses(tmp_path)[0] - math.log(50257) - 0.15) < 0.1
 
@@ -94,7 +97,8 @@ def test_validation_is_the_mean_over_a_fixed_set_of_tokens(small_shards):
     corpus = train_gpt2.open_data(str(small_shards), fineweb.get_tokenizer("byte"), 32)[1]
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=32, vocab_size=257))
     tokens = fineweb.read_shard(fineweb.list_shards(small_shards, "val")[0]).astype("int64")
-    world = train_gpt2.World("cpu")
+    world = train_gpt2.World()
+    world.use_device("cpu")
     rows = [torch.from_numpy(tokens[i * 32:i * 32 + 33])[None] for i in range(50)]
     expected = torch.stack([model(r[:, :-1], r[:, 1:]).detach() for r in rows]).mean().item()
     for batch_size in (1, 7, 64):
@@ -131,38 +135,39 @@ class Memory(TorchDispatchMode):
                                               ({"n_layer": 4, "n_head": 25, "n_embd": 1600}, 12)])
 def test_auto_batch_fits(shape, gigabytes, monkeypatch):
     """In tensors without contents, whose sizes are counted."""
-    memory, sizes = Memory(gigabytes * 2**30), [2**i for i in range(12)]
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: setattr(memory, "peak", memory.live))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: memory.peak)
+    limit = gigabytes * 2**30
+    memory, sizes = Memory(limit), [2**i for i in range(12)]
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: memory.live)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (memory.limit - memory.live, memory.limit))
-    world = SimpleNamespace(device="cpu", device_type="cpu", distributed=True, min=lambda value: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (limit - memory.live, limit))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: setattr(memory, "limit", share * limit))
+    world = SimpleNamespace(device="cpu", device_type="cpu", distributed=True, reduce=lambda numbers, op: numbers)
     with FakeTensorMode(), memory:
         model = GPT(GPTConfig(**shape))
         parameters = memory.live
         found = train_gpt2.largest_batch(model, sizes, world, torch.bfloat16)
-        assert model.loss_chunks == 0 and all(p.grad is None for p in model.parameters())
+        assert model.loss_chunks == 0 and all(p.grad is None for p in model.parameters()) and memory.limit == limit
 
         def needed(size):
-            """With AdamW's moments and DDP's buckets."""
-            model.zero_grad(set_to_none=True)
+            """By a micro-step that adds to gradients, with AdamW's moments and DDP's buckets."""
             memory.peak, memory.limit = memory.live, math.inf
-            train_gpt2.micro_step(model, size, world, torch.bfloat16)
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            x = torch.zeros(size, model.config.block_size, dtype=torch.long)
+            with torch.autocast("cpu", torch.bfloat16):
+                model(x, x).backward()
+            model.zero_grad(set_to_none=True)
             return memory.peak + 3 * parameters
-        assert needed(found) < gigabytes * 2**30 < needed(4 * found)
+        assert needed(found) < limit < needed(4 * found)
 
 
-def test_each_process_of_torchrun_has_its_own_device(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert train_gpt2.pick_device("cuda", 3) == "cuda:3" and train_gpt2.pick_device("cuda:5", 0) == "cuda:5"
-    (tmp_path / "log.jsonl").write_text('{"kind": "config", "device": "cuda:1"}\n')
-    resumed = {"resume": "auto", "out_dir": str(tmp_path)}
-    assert train_gpt2.saved_device(resumed) == "cuda:1"
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert train_gpt2.saved_device(resumed) == "cuda"
-    with pytest.raises(train_gpt2.UserError, match="--device cuda:1: .*one device each with --device cuda"):
-        train_gpt2.pick_device("cuda:1", 3)
+def test_a_resumed_run_comes_back_to_its_device(small_shards, tmp_path, monkeypatch):
+    """Each process of torchrun has its own: what the checkpoint keeps is what was asked for."""
+    asked = []
+    monkeypatch.setattr(train_gpt2.hellaswag, "pick_device", lambda name: asked.append(name) or "cpu")
+    run("train_gpt2.py", *SMALL, "--data", small_shards, "--checkpoint_every", 6, "--device", "cuda:1", "--out_dir", tmp_path / "log")
+    run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log")
+    run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log", "--device", "cuda")
+    assert asked == ["cuda:1", "cuda:1", "cuda"]
 
 
 def test_a_part_of_a_chip_has_no_known_peak(monkeypatch):
@@ -172,37 +177,57 @@ def test_a_part_of_a_chip_has_no_known_peak(monkeypatch):
 
 
 def test_schedules_against_their_formulas():
-    c = TrainConfig(lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
-    rate = [train_gpt2.learning_rate(step, c) for step in range(111)]
+    flags = ScheduleFlags(lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
+    rate = [train_gpt2.learning_rate(step, flags) for step in range(111)]
     assert rate[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rate[10] == 1.0 and rate[110] == pytest.approx(0.1)
     assert rate[60] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 0.5)) / 2)
-    c = TrainConfig(lr=1.0, min_lr=0.0, warmup_steps=10, max_steps=100, schedule="wsd", decay_fraction=0.4)
-    rate = [train_gpt2.learning_rate(step, c) for step in range(101)]
+    flags = ScheduleFlags(lr=1.0, min_lr=0.0, warmup_steps=10, max_steps=100, schedule="wsd", decay_fraction=0.4)
+    rate = [train_gpt2.learning_rate(step, flags) for step in range(101)]
     assert rate[10:60] == pytest.approx([1.0] * 50) and rate[80] == pytest.approx(0.5) and rate[100] == 0.0
-    assert train_gpt2.learning_rate(10**6, TrainConfig()) == pytest.approx(6e-5)  # lr / 10 where min_lr is left alone
-    c = TrainConfig(momentum_warmup_steps=50)
-    assert [train_gpt2.muon_momentum(step, c) for step in (0, 10, 25, 50, 99)] == pytest.approx([0.85, 0.87, 0.9, 0.95, 0.95])
-    assert train_gpt2.muon_momentum(0, TrainConfig()) == 0.95
+    assert train_gpt2.learning_rate(10**6, ScheduleFlags()) == pytest.approx(6e-5)  # lr / 10 where min_lr is left alone
+    recipe = RecipeFlags(momentum_warmup_steps=50)
+    assert [train_gpt2.muon_momentum(step, recipe) for step in (0, 10, 25, 50, 99)] == pytest.approx([0.85, 0.87, 0.9, 0.95, 0.95])
+    assert train_gpt2.muon_momentum(0, RecipeFlags()) == 0.95
+
+
+def completed(*argv):
+    """The config of a new run, and what the user is told."""
+    config, given = train_gpt2.read_flags([str(word) for word in argv])
+    notes = []
+    train_gpt2.complete_config(config, given, notes)
+    return config, notes
 
 
 def test_a_short_run_shortens_its_presets_warm_ups():
-    config, *_, notes = train_gpt2.resolve({"preset": "tiny", "data": str(ROOT / "input.txt"), "max_steps": 100})
-    assert (config.warmup_steps, config.momentum_warmup_steps) == (10, 20) and "a tenth" in notes[0] and "a fifth" in notes[1]
-    config, *_, notes = train_gpt2.resolve({"preset": "tiny", "data": str(ROOT / "input.txt"), "max_steps": 100, "warmup_steps": 30,
-                                            "momentum_warmup_steps": 40})
-    assert (config.warmup_steps, config.momentum_warmup_steps, notes) == (30, 40, [])
+    flags = ["--preset", "tiny", "--data", ROOT / "input.txt", "--max_steps", 100]
+    config, notes = completed(*flags)
+    assert (config.schedule.warmup_steps, config.recipe.momentum_warmup_steps) == (10, 20)
+    assert "a tenth" in notes[0] and "a fifth" in notes[1]
+    config, notes = completed(*flags, "--warmup_steps", 30, "--momentum_warmup_steps", 40)
+    assert (config.schedule.warmup_steps, config.recipe.momentum_warmup_steps, notes) == (30, 40, [])
+
+
+def test_a_flag_left_alone_follows_the_preset_and_one_that_was_given_does_not(small_shards):
+    config, _ = completed("--data", ROOT / "input.txt")
+    assert (config.setup.preset, config.setup.tokenizer, config.model.n_embd, config.schedule.lr) == ("tiny", "byte", 128, 6e-3)
+    assert config.model.rope and not config.model.bias and config.recipe.optimizer == "muon" and not config.system.compile
+    config, _ = completed("--data", ROOT / "input.txt", "--n-embd=64", "--no_rope", "--bias", "--lr", 1e-3, "--compile")
+    assert (config.model.n_embd, config.schedule.lr) == (64, 1e-3)
+    assert not config.model.rope and config.model.bias and config.system.compile
+    config, _ = completed("--data", small_shards)
+    assert (config.setup.preset, config.setup.tokenizer, config.schedule.max_steps) == ("gpt2", "byte", 19073)
 
 
 def test_decay_groups():
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=8, vocab_size=70, swiglu=True, qk_norm=True))
-    (adamw,) = train_gpt2.make_optimizers(model, TrainConfig(), "cpu")
+    (adamw,) = train_gpt2.make_optimizers(model, RecipeFlags(), "cpu")
     decayed, plain = adamw.param_groups
     assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
     assert all(p.ndim >= 2 for p in decayed["params"]) and all(p.ndim == 1 for p in plain["params"])
     assert sum(len(g["params"]) for g in adamw.param_groups) == len(list(model.parameters()))
     assert adamw.defaults["betas"] == (0.9, 0.95) and adamw.defaults["eps"] == 1e-8
-    adamw, muon = train_gpt2.make_optimizers(model, TrainConfig(optimizer="muon"), "cpu")
+    adamw, muon = train_gpt2.make_optimizers(model, RecipeFlags(optimizer="muon"), "cpu")
     names = {id(p): n for n, p in model.named_parameters()}
     moved = {names[id(p)] for g in muon.param_groups for p in g["params"]}
     assert moved == {n for n, p in model.named_parameters() if n.startswith("h.") and p.ndim == 2}
@@ -218,7 +243,7 @@ def test_a_step_equals_the_same_step_written_out(small_shards, tmp_path):
     corpus = train_gpt2.open_data(str(small_shards), fineweb.get_tokenizer("byte"), 32)[0]
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()]
     for step in (1, 2):
-        batch = corpus.batch([corpus.locate(i, 1337) for i in range((step - 1) * 16, step * 16)])
+        batch = corpus.read_windows([corpus.locate(i, 1337) for i in range((step - 1) * 16, step * 16)])
         model.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
@@ -238,21 +263,25 @@ def test_a_step_equals_the_same_step_written_out(small_shards, tmp_path):
 
 
 def test_flags_of_every_kind(tmp_path, text_file):
-    short = [*SMALL[:8], "--total_batch_size=64", "--max_steps", "1", "--eval_every", "0", "--device", "cpu", "--data", text_file]
-    out, _ = run("train_gpt2.py", *short, "--rope=True", "--no_bias", "--rmsnorm", "--no-compile", "--swiglu", "FALSE",
-                 "--out_dir", tmp_path / "a", "--checkpoint_every=0", "--sample_every=0", "--hellaswag_every=0")
+    short = [*SMALL[:8], "--total_batch_size=64", "--max-steps", "1", "--eval_every", "0", "--device", "cpu", "--data", text_file]
+    run("train_gpt2.py", *short, "--rope", "--no_bias", "--rmsnorm", "--no-compile", "--no-swiglu", "--out_dir", tmp_path / "a",
+        "--checkpoint_every=0", "--sample-every=0", "--hellaswag_every=0")
     config = log_lines(tmp_path / "a", "config")[0]
     assert (config["rope"], config["bias"], config["rmsnorm"], config["swiglu"], config["compile"]) == (True, False, True, False, False)
     assert config["n_kv_head"] == 2  # follows n_head
 
 
-ERRORS = [
+TYROS = [  # what tyro refuses, in its own words
     (["--max_stepz", "3"], "--max_steps"),
     (["--lr", "fast"], "fast"),
     (["--rope=maybe"], "maybe"),
-    (["--optimizer", "sgd"], "adamw, muon"),
+    (["--optimizer", "sgd"], "'adamw', 'muon'"),
     (["--preset", "huge"], "gpt2-xl"),
-    (["--max_steps", "0"], "at least 1"),
+    (["train"], "train"),
+]
+ERRORS = [
+    (["--max_steps", "0"], "--max_steps 0: must be at least 1"),
+    (["--lr", "nan"], "--lr nan"),
     (["--data", "nowhere"], "nowhere"),
     (["--n_head", "3", "--n_embd", "32"], "divide"),
     (["--n_head", "4", "--n_kv_head", "3"], "1, 2, 4"),
@@ -262,16 +291,31 @@ ERRORS = [
     (["--dropout", "1.5"], "--dropout"),
     (["--init_from", "./nowhere"], "nowhere"),
     (["--seed", "-1"], "--seed"),
-    (["--resume", "nowhere"], "nowhere"),
-    (["train"], "train"),
+    (["--resume_from", "nowhere"], "nowhere"),
+    (["--decay_fraction", "1.5"], "at most 1"),
 ]
 
 
-@pytest.mark.parametrize("flags,says", ERRORS, ids=[" ".join(e[0]) for e in ERRORS])
-def test_bad_flags_are_one_line(flags, says, tmp_path, text_file):
+@pytest.mark.parametrize("flags,says", TYROS + ERRORS, ids=[" ".join(e[0]) for e in TYROS + ERRORS])
+def test_bad_flags_are_refused(flags, says, tmp_path, text_file):
     small = ["--device", "cpu"] if "--init_from" in flags else SMALL
-    assert says in refused("train_gpt2.py", "--out_dir", tmp_path / "log", "--data", text_file, *small, *flags)
+    command = ["train_gpt2.py", "--out_dir", tmp_path / "log", "--data", text_file, *small, *flags]
+    if (flags, says) in ERRORS:
+        assert says in refused(*command)
+    else:
+        _, err = run(*command, expect=2)
+        assert says in err and "Traceback" not in err
     assert not (tmp_path / "log").exists()  # nothing was begun
+
+
+def test_help_is_quick(capsys):
+    """Under a second of its own work, of this process's time alone, so that a loaded machine does not count."""
+    started = time.process_time()
+    assert call_main("train_gpt2.py", ["--help"]) == 0
+    assert time.process_time() - started < 1
+    text = capsys.readouterr().out
+    assert "torchrun --standalone" in text and "--n_layer INT" in text and "transformer blocks (default: 12)" in text
+    assert text.index("model options") < text.index("recipe options") < text.index("schedule options")
 
 
 def test_bad_data_is_one_line(tmp_path, small_shards):
@@ -300,7 +344,7 @@ def test_fine_tunes_openais_folder_on_shards(gpt2_shards, text_file, tmp_path):
     fineweb.get_tokenizer("gpt2").save_pretrained(tmp_path / "fast")
     AutoTokenizer.from_pretrained(tmp_path / "fast").save_pretrained(tmp_path / "model")
     flags = ["--init_from", tmp_path / "model", "--max_steps", 1, "--total_batch_size", 128, "--eval_every", 0, "--sample_every", 0,
-             "--hellaswag_every", 0, "--device", "cpu", "--no-compile"]
+             "--hellaswag_every", 0, "--device", "cpu", "--no_compile"]
     run("train_gpt2.py", *flags, "--data", gpt2_shards, "--checkpoint_every", 0, "--out_dir", tmp_path / "log")
     assert log_lines(tmp_path / "log", "config")[0]["tokenizer"] == "gpt2"
     path = tmp_path / "model/tokenizer.json"
