@@ -93,7 +93,9 @@ def give_way(is_users_error):
     """Under torchrun, lets the process that knows best report a failure: torchrun ends the others while they wait here.
     Rank 0 comes before the others, an error of the user's before what may only be another rank's death."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(min(int(os.environ["RANK"]), 10) + (0 if is_users_error else 5))
+    rank = int(os.environ["RANK"])
+    turn = 0 if rank == 0 else 10 + min(rank, 10)  # seconds: a busy machine takes some to end a process
+    time.sleep(turn if is_users_error else turn + 5)
 
 
 # -----------------------------------------------------------------------------

@@ -1214,7 +1214,8 @@ class RunLog:
         lines = read_log(self.path) if run.step and self.path.exists() else []
         about = {"kind": "config", "run_id": run.run_id, **run.config.flat()}
         lines = [line for line in lines if line.get("step", 0) < run.step + (line["kind"] == "train")] or [about]
-        self.best_loss = min([line["loss"] for line in lines if line["kind"] == "val"], default=math.inf)
+        losses = [line["loss"] for line in lines if line["kind"] == "val"]
+        self.best_loss = min(filter(None, losses), default=math.inf)  # None: not finite
         self.is_active = run.world.rank == 0
         self.wandb = self.tensorboard = None
         if not self.is_active:
@@ -1425,13 +1426,15 @@ def model_folder(name_or_folder):
     """The local folder of a model; a name on the hub is downloaded. Raises UserError."""
     if (Path(name_or_folder) / "config.json").exists():
         return Path(name_or_folder)
+    if Path(name_or_folder).exists():
+        raise UserError(f"{name_or_folder}: no model is here (a model folder holds config.json and model.safetensors)")
     from huggingface_hub import snapshot_download
     try:
         files = ["*.json", "model*.safetensors", "merges.txt"]
         return Path(snapshot_download(str(name_or_folder), allow_patterns=files))
     except Exception as error:  # the hub's many: no network, no such name, gated, ...
-        raise UserError(f"{name_or_folder}: no folder with config.json and model.safetensors, and the Hugging Face hub "
-                        f"gave no such model ({one_line(error)})") from None
+        raise UserError(f"{name_or_folder}: no such folder, and the Hugging Face hub gave no such model "
+                        f"({one_line(error)})") from None
 
 
 def read_model_config(folder):

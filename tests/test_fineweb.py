@@ -198,8 +198,8 @@ def test_a_reader_that_goes_away():
 
 
 def test_import_is_light():
-    code = ("import sys, fineweb; print({'datasets', 'transformers', 'tokenizers', 'tiktoken', 'pyarrow', 'torch', 'tqdm', "
-            "'tyro'} & set(sys.modules))")
+    code = ("import sys, fineweb; print(set(sys.modules) & "
+            "{'datasets', 'transformers', 'tokenizers', 'tiktoken', 'pyarrow', 'torch', 'tqdm', 'tyro'})")
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "set()"
 
 
@@ -654,8 +654,8 @@ def build_and_die(call, number, children_file, out, path):
     ("first shard without its manifest", "fsync", 3), ("between shards", "fsync", 8),
     ("a name without its manifest", "replace", 9), ("last shard", "fsync", -3), ("not yet complete", "replace", -1)])
 def test_sigkill_and_again(corpus, tmp_path, moment, call, number):
-    """What os.fsync and os.replace are called for: the manifest, then each shard and after it the manifest, and at the end
-    the manifest once more."""
+    """What os.fsync and os.replace are called for: the manifest, then each shard and after it the manifest, and at the
+    end the manifest once more."""
     args, whole, _ = corpus
     out = tmp_path / "out"
     if number < 0:

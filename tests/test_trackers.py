@@ -4,12 +4,11 @@ import re
 import struct
 import subprocess
 import sys
-import time
 
 import pytest
 
 import train_gpt2
-from conftest import ROOT, SMALL, log_lines, refused, run
+from conftest import ROOT, SMALL, log_lines, refused, run, spawn
 
 pytest.importorskip("wandb")
 pytest.importorskip("tensorboard")
@@ -23,8 +22,7 @@ def tracked(tmp_path_factory, small_shards):
     offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     flags = ["--wandb", "test-project", "--tensorboard", "--data", small_shards, "--checkpoint_every", 3, "--out_dir", out_dir]
     run("train_gpt2.py", *SMALL, *flags, env=offline)
-    time.sleep(1.1)  # wandb names an offline run's folder by the second
-    run("train_gpt2.py", "--resume", "--max_steps", 8, "--out_dir", out_dir, "--device", "cpu", env=offline)
+    spawn("train_gpt2.py", "--resume", "--max_steps", 8, "--out_dir", out_dir, "--device", "cpu", env=offline).finish()
     return out_dir
 
 
