@@ -219,8 +219,7 @@ class FolderTokenizer:
         self.eot = self.tokenizer.eos_token_id
         self.vocab_size = len(self.tokenizer)
         if self.eot is None:
-            raise UserError(f"{self.name}: its tokenizer has no end-of-text token; "
-                            "set eos_token in tokenizer_config.json")
+            raise UserError(f"{self.name}: no end-of-text token; set eos_token in tokenizer_config.json")
 
     def encode(self, text):
         text = without_lone_surrogates(text)
@@ -466,7 +465,7 @@ class LocalFiles:
         with self.open(path) as file:
             try:
                 batches = csv.open_csv(
-                    file, csv.ReadOptions(block_size=1 << 25, use_threads=False),  # bytes: no row can be longer
+                    file, csv.ReadOptions(block_size=1 << 24, use_threads=False),  # bytes: no row can be longer
                     csv.ParseOptions(newlines_in_values=True),
                     csv.ConvertOptions(include_columns=[self.field], column_types={self.field: pyarrow.string()}))
             except KeyError:
@@ -716,8 +715,7 @@ def open_folder(folder, settings, description):
     manifest = read_manifest(folder)
     if not manifest or not manifest.get("shards"):
         if manifest is None and (list_shards(folder, "train") or list_shards(folder, "val")):
-            raise UserError(f"{folder} holds shards without a manifest.json, made by another program; "
-                            "choose another --out")
+            raise UserError(f"{folder}: shards without a manifest.json, of another program; choose another --out")
         return {"tokenizer": "gpt2", "vocab_size": GPT2Tokenizer.vocab_size, "dataset": description,
                 "settings": settings, "tokens": 0, "documents": 0, "complete": False, "shards": []}
     for name in [*settings, *manifest["settings"]]:
@@ -833,8 +831,7 @@ def verify(folder):
             raise UserError(f"{path}: not in the manifest; delete it or move it away")
     if not manifest["complete"]:
         raise UserError(f"{folder}: right so far, but unfinished; the same fineweb.py command continues")
-    print(f"{folder}: all {len(listed)} shards are right, "
-          f"{manifest['tokens']:,} tokens of {manifest['documents']:,} documents")
+    print(f"{folder}: all {len(listed)} shards are right, {manifest['tokens']:,} tokens")
 
 
 def main(argv):

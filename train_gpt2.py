@@ -22,7 +22,6 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -174,6 +173,8 @@ class TrainConfig:
         """Sets the flags that `values` names, but for those in `keep`. Returns itself."""
         group_of = {name: group for group in vars(self).values() for name in vars(group)}
         for name in values.keys() - keep:
+            if name not in group_of:
+                raise UserError(f"{name} = {values[name]!r}: this script has no such flag")
             setattr(group_of[name], name, values[name])
         return self
 
@@ -226,7 +227,7 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, positions):
-        """positions: a slice, or (B, T) int64. Returns cos and sin, each (1 or B, 1, T, head_dim), for `rotate`."""
+        """positions: a slice, or (B, T) int64. Returns cos and sin, (1, T, head_dim) or (B, 1, T, head_dim) each."""
         return self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)
 
 
@@ -248,7 +249,7 @@ def sdpa(q, k, v, **options):
 
 
 def compute_dtype(x):
-    """Of a matmul with x: autocast's where it is on."""
+    """The dtype that a matmul with x runs in: autocast's where it is on."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
@@ -270,7 +271,7 @@ class WindowAttention(nn.Module):
     def forward(self, q, k, v, dropout):
         """As `full_attention`."""
         B, T, N = q.size(0), q.size(2), self.window
-        first = full_attention(q[:, :, :N], k[:, :, :N], v[:, :, :N], dropout)  # has no block before it
+        first = full_attention(q[:, :, :N], k[:, :, :N], v[:, :, :N], dropout)  # the block with none before it
         if T <= N:
             return first
         if T % N:
@@ -377,26 +378,27 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     their gradient is taken at once."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab_size, num_chunks, need_grad):
-        """hidden: (N, C); weight: (padded_vocab_size, C); targets: (N,), -1 is ignored. Returns a scalar in nats."""
+    def forward(ctx, hidden, weight, targets, vocab_size, num_chunks, needs_grad):
+        """hidden: (N, C); weight: (padded_vocab_size, C); targets: (N,), -1 is ignored. needs_grad: since gradient
+        mode is always off in here. Returns a scalar in nats."""
         dtype = compute_dtype(hidden)
         hidden, head = hidden.to(dtype), weight.to(dtype)
         loss = torch.zeros((), device=hidden.device)
         hidden_grads = []
-        weight_grad = torch.zeros(weight.shape if need_grad else (), device=hidden.device)
+        weight_grad = torch.zeros(weight.shape if needs_grad else (), device=hidden.device)
         for x, target in zip(hidden.chunk(num_chunks), targets.chunk(num_chunks)):
             logits = (x @ head.T).float()  # (N / num_chunks, padded_vocab_size)
             logits[:, vocab_size:] = -torch.inf  # the padding's share of the softmax is zero
-            counts = (target >= 0)[:, None]
-            target = target.clamp(min=0)[:, None]
+            is_target = (target >= 0)[:, None]
+            label = target.clamp(min=0)[:, None]
             log_sum_exp = logits.logsumexp(dim=1, keepdim=True)
-            loss += ((log_sum_exp - logits.gather(1, target)) * counts).sum()
-            if need_grad:  # softmax minus one-hot, in the logits' own memory; zero where a target does not count
-                grad = logits.sub_(log_sum_exp.masked_fill(~counts, torch.inf)).exp_()
-                grad = grad.scatter_add_(1, target, -counts.float()).to(dtype)
-                hidden_grads.append(grad @ head)
-                weight_grad += grad.T @ x
-        if need_grad:
+            loss += ((log_sum_exp - logits.gather(1, label)) * is_target).sum()
+            if needs_grad:  # softmax minus one-hot, in the logits' own memory; exp(-inf) = 0 where there is no target
+                logits_grad = logits.sub_(log_sum_exp.masked_fill(~is_target, torch.inf)).exp_()
+                logits_grad = logits_grad.scatter_add_(1, label, -is_target.float()).to(dtype)
+                hidden_grads.append(logits_grad @ head)
+                weight_grad += logits_grad.T @ x
+        if needs_grad:
             ctx.save_for_backward(torch.cat(hidden_grads), weight_grad)
         return loss
 
@@ -410,7 +412,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.loss_chunks = 0  # see `forward`
+        self.loss_chunks = 0  # 0: chosen in `forward`
         self.loss_sum = ChunkedCrossEntropy.apply
         has_window = 0 < config.window < config.block_size
         attention = WindowAttention(config.window) if has_window else full_attention
@@ -427,7 +429,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's: normal of 0.02, in the projections that add to the residual stream 0.02 / sqrt(2 n_layer)."""
+        """As GPT-2: standard deviation 0.02; 0.02 / sqrt(2 n_layer) for the projections onto the residual stream,
+        which are those named c_proj."""
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 p.normal_(std=0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer))
@@ -474,14 +477,16 @@ class GPT(nn.Module):
         hidden, config = self.hidden_states(idx), self.config
         if targets is None:
             return self.logits(hidden)
-        N = targets.numel()  # chunks of 256 MB of fp32 logits, or more where that would be many; short for sums in fp16
+        N = targets.numel()
+        # 256 MB of fp32 logits a chunk, but at most 16 chunks; none of 16,384 tokens, whose sums could overflow fp16
         num_chunks = self.loss_chunks or max(1, N // 8192, min(16, N * config.padded_vocab_size // 2**26))
         loss = self.loss_sum(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), config.vocab_size,
                              num_chunks, torch.is_grad_enabled())
         return loss / (targets >= 0).sum()
 
-    def compile(self):
-        """Compiles the blocks and the loss. The embedding's compiled gradient on a CPU would add in no fixed order."""
+    def compile_blocks(self):
+        """Compiles the blocks and the loss; not the embedding, whose compiled gradient on a CPU sums in no fixed order.
+        Sets two of the compiler's global switches."""
         torch._dynamo.config.optimize_ddp = False  # a block is a graph already; DDP's buckets would cut it again
         torch._functorch.config.ban_recompute_materialized_backward = False  # norms and GELUs are made again, not kept
         for block in self.h:
@@ -497,7 +502,7 @@ class GPT(nn.Module):
             cache = self.new_cache()
             done = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
             for _ in range(max_new_tokens):
-                if idx.size(1) > self.config.block_size:  # go on from the last half
+                if idx.size(1) > self.config.block_size:  # full: keep the last half
                     idx = idx[:, -max(1, self.config.block_size // 2):]
                     cache = self.new_cache()
                 hidden = self.hidden_states(idx[:, cache[0].num_tokens:], cache=cache)
@@ -512,8 +517,8 @@ class GPT(nn.Module):
             self.train(was_training)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
-        """Samples after idx (B, T) int64. Returns (B, T + new): a row that reached end-of-text is filled with it, and
-        when all have, it ends. temperature 0: the likeliest token; top_k 0: of all. Past block_size half is kept."""
+        """Samples after idx, (B, T) int64. Returns (B, T + new), at end-of-text in all rows fewer; rows repeat theirs.
+        temperature 0: the likeliest token; top_k 0: no limit. When block_size is full, its last half is kept."""
         return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator)), dim=1)
 
     @classmethod
@@ -537,7 +542,7 @@ class GPT(nn.Module):
         if model_type != OWN_TYPE:
             name = "GPT2LMHeadModel" if model_type == "gpt2" else f"{model_type.capitalize()}ForCausalLM"
             about |= {"architectures": [name], "bos_token_id": self.config.eot, "dtype": "float32"}
-        if model_type == "gpt2":  # it has three rates where we have one
+        if model_type == "gpt2":  # GPT-2 has three rates, we have one
             about |= {"embd_pdrop": self.config.dropout, "attn_pdrop": self.config.dropout}
         if tokenizer is not None:
             about["tokenizer"] = tokenizer.name
@@ -573,37 +578,39 @@ class Corpus:
         self.shards = shards
         self.block_size = block_size
         self.vocab_size = vocab_size
+        self.name = name
         self.windows_per_shard = np.array([max(0, (len(self.read(shard)) - 1) // block_size) for shard in shards])
         self.num_windows = int(self.windows_per_shard.sum())
         if self.num_windows == 0:
-            raise UserError(f"{name}: fewer than one window of --block_size {block_size} and its target; use more text")
+            raise UserError(f"{name}: fewer than one window of --block_size {block_size} and its target: use more text")
 
     @staticmethod
     def read(shard):
         return shard if isinstance(shard, np.ndarray) else fineweb.read_shard(shard)
 
     def find(self, number, order):
-        """Where window `number` is if the shards follow one another in this order: (shard, window in it)."""
+        """The place of window `number` where shards follow one another in this order: (shard, window in it)."""
         ends = self.windows_per_shard[order].cumsum()
         i = int(np.searchsorted(ends, number, side="right"))
         return int(order[i]), int(number - ends[i] + self.windows_per_shard[order[i]])
 
     def locate(self, number, seed):
-        """The same of a training run: shards are shuffled by (seed, epoch), their windows by (seed, epoch, shard)."""
+        """As `find`, for training: shards are shuffled by (seed, epoch), their windows by (seed, epoch, shard)."""
         epoch, number = divmod(number, self.num_windows)
         shard, window = self.find(number, permutation(len(self.shards), seed, epoch))
         return shard, int(permutation(int(self.windows_per_shard[shard]), seed, epoch, shard)[window])
 
     def read_windows(self, pairs):
-        """pairs: [(shard, window)]. Returns (len(pairs), block_size + 1) int64: inputs and targets overlap."""
+        """pairs: [(shard, window)]. Returns (len(pairs), block_size + 1) int64: inputs, and targets one further."""
         T = self.block_size
         shards = {shard: self.read(self.shards[shard]) for shard in {shard for shard, _ in pairs}}
         rows = np.stack([shards[shard][window * T:window * T + T + 1] for shard, window in pairs]).astype(np.int64)
         if rows.max() >= self.vocab_size:
             row, column = np.argwhere(rows >= self.vocab_size)[0]
             shard, window = pairs[row]
-            where = f"{self.shards[shard]}: token {rows[row, column]} at offset {window * T + column}"
-            raise UserError(f"{where}: the vocabulary has {self.vocab_size}; of another tokenizer, or damaged")
+            where = self.name if isinstance(self.shards[shard], np.ndarray) else self.shards[shard]
+            raise UserError(f"{where}: token {rows[row, column]} at offset {window * T + column} is outside the "
+                            f"vocabulary of {self.vocab_size}: it is damaged, or of another tokenizer")
         return torch.from_numpy(rows)
 
 
@@ -624,9 +631,17 @@ def training_batches(corpus, start, batch_size, world, seed):
             yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 
+def shard_tokenizer(folder):
+    """The name of the tokenizer of a folder of shards; without a manifest they are other people's, of GPT-2's."""
+    return (fineweb.read_manifest(folder) or {}).get("tokenizer", "gpt2")
+
+
 def open_data(path, tokenizer, block_size):
     """The training and the validation corpus of a folder of shards or a text file. Raises UserError."""
     if os.path.isdir(path):
+        name = shard_tokenizer(path)
+        if name != tokenizer.name:
+            raise UserError(f"{path} holds {name} tokens, but the model has its own tokenizer, {tokenizer.name}")
         splits = {split: fineweb.list_shards(path, split) for split in ("train", "val")}
         for split, shards in splits.items():
             if not shards:
@@ -660,7 +675,7 @@ def make_optimizers(model, recipe, device_type):
 
 
 def learning_rate(step, schedule):
-    """The rate of the update that follows `step` updates."""
+    """The learning rate of update number `step`, counted from 0."""
     peak, warmup_steps, max_steps = schedule.lr, schedule.warmup_steps, schedule.max_steps
     lowest = peak / 10 if schedule.min_lr is None else schedule.min_lr
     if step < warmup_steps:
@@ -673,24 +688,71 @@ def learning_rate(step, schedule):
 
 
 def muon_momentum(step, recipe):
-    """Muon's, of the same update: it rises from 0.85 to 0.95 (modded-nanogpt, Jordan et al. 2024)."""
+    """Muon's momentum in the same update: it rises from 0.85 to 0.95 (modded-nanogpt, Jordan et al. 2024)."""
     return 0.95 - 0.1 * max(0, recipe.momentum_warmup_steps - step) / max(1, recipe.momentum_warmup_steps)
 
 # -----------------------------------------------------------------------------
 # training
 
 class Run:
-    """A training run: made by `start_run`, which sets its attributes, moved on by `train_step`, kept by `save`."""
+    """A training run, new or resumed, as a command line asks for it. Raises UserError."""
+
+    def __init__(self, argv, world):
+        config, given = read_flags(argv)
+        check_restarts(config.setup.resume)
+        notes = []
+        checkpoint = open_checkpoint(config.setup, world)
+        earlier_config = checkpoint.config if checkpoint else config_to_start_again(config.setup, world, notes)
+        if earlier_config:
+            config = resumed_config(config, given, earlier_config)
+        else:
+            complete_config(config, given, notes)
+        model, tokenizer = (checkpoint.model, checkpoint.tokenizer) if checkpoint else new_model(config)
+        state = checkpoint.state if checkpoint else {}
+        setup, recipe, system = config.setup, config.recipe, config.system
+        world.use_device(system.device, system.deterministic)
+
+        self.config, self.world, self.tokenizer = config, world, tokenizer
+        self.model = model.to(world.device)
+        self.model.loss_chunks = system.loss_chunks
+        self.config.model = model.config
+        self.dtype = hellaswag.pick_dtype(system.dtype, world.device_type, without_bfloat16=torch.float16)
+        self.step = state.get("step", 0)  # updates made
+        self.saved_step = self.step  # those in the newest checkpoint
+        self.skipped = state.get("skipped", 0)  # updates left out in a row, since their gradients were not finite
+        self.run_id = state.get("run_id", f"{time.time_ns():x}")
+        self.stop = StopRequest()  # of this rank
+        self.stopped = False  # by all ranks
+        self.train_data, self.val_data = open_data(setup.data, tokenizer, model.config.block_size)
+        self.batch_size, self.micro_steps = split_batch(self, state.get("batch_size"))
+        self.ddp = model_to_train(self, notes)
+        self.optimizers = make_optimizers(model, recipe, world.device_type)
+        self.scaler = torch.amp.GradScaler(world.device_type, enabled=self.dtype == torch.float16)
+        if checkpoint:
+            for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+                optimizer.load_state_dict(saved)
+            if state["scaler"]:  # else it was not in float16
+                self.scaler.load_state_dict(state["scaler"])
+            notes.append(f"resumed from {checkpoint.folder} at step {self.step}")
+        first_window = self.step * recipe.total_batch_size // model.config.block_size
+        self.batches = training_batches(self.train_data, first_window, self.batch_size, world, recipe.seed)
+        self.log = RunLog(self)
+        if config.evaluation.hellaswag_every:
+            self.hellaswag_examples = load_hellaswag(config.evaluation.hellaswag_data, world)
+        print_summary(self, notes)
+        if checkpoint and checkpoint.folder.resolve().parent != Path(setup.out_dir).resolve():
+            self.saved_step = None  # another run's: from here on, what out_dir holds must be enough to resume
+            self.save()
 
     def train_step(self):
         """One optimizer step. Returns what log.jsonl holds of it."""
         started, recipe, world = time.time(), self.config.recipe, self.world
         seed = np.random.SeedSequence((recipe.seed, self.step, world.rank)).generate_state(1)
-        torch.manual_seed(int(seed[0]))  # so that randomness is no state to save
+        torch.manual_seed(int(seed[0]))  # so that checkpoints need no generator state
         loss = torch.zeros((), device=world.device)
         for micro_step in range(self.micro_steps):
             x, y = next(self.batches)
-            if world.distributed:  # gradients travel once a step
+            if world.distributed:  # all-reduce in the last micro-step only
                 self.ddp.require_backward_grad_sync = micro_step == self.micro_steps - 1
             with autocast(world.device_type, self.dtype):
                 micro_loss = self.ddp(x, y) / self.micro_steps
@@ -708,7 +770,7 @@ class Run:
         loss, norm, stop = world.mean(loss, norm, self.stop.time is not None)  # and its one small all-reduce
         is_finite = math.isfinite(norm)
         for optimizer in self.optimizers:
-            if is_finite:  # for all optimizers at once: the scaler's own test is for each alone
+            if is_finite:  # scaler.step would decide for each optimizer alone
                 optimizer.step()
             optimizer.zero_grad()
         self.scaler.update()
@@ -726,7 +788,7 @@ class Run:
         self.world.print(f"step {self.step:>6,}  {text}")
 
     def is_due(self, every):
-        """Whether what happens every so many steps (0: never), and after the last one, happens now."""
+        """Whether it is time for what is done every so many steps (0: never) and after the last."""
         is_last = self.step == self.config.schedule.max_steps
         return every > 0 and self.step > 0 and (is_last or self.step % every == 0)
 
@@ -769,11 +831,11 @@ def training_loop(run):
             run.print("the gradient was not finite; the update was skipped")
         if run.skipped == 10:
             raise RunFailed(f"10 steps in a row had a gradient that was not finite, the last one step {run.step}; "
-                            f"{newest_checkpoint(run)}; lower --lr, or look at the data")
+                            f"{describe_newest_checkpoint(run)}; lower --lr, or look at the data")
     bar.close()
     run.log.close()
     if run.saved_step != run.step and (run.stopped or every.checkpoint_every):
-        raise RunFailed(f"the last checkpoint could not be written; {newest_checkpoint(run)}")
+        raise RunFailed(f"the last checkpoint could not be written; {describe_newest_checkpoint(run)}")
     script, out_dir = os.path.relpath(HERE / "train_gpt2.py"), run.config.setup.out_dir
     if run.stopped:
         is_one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
@@ -805,14 +867,14 @@ class StopRequest:
 # -----------------------------------------------------------------------------
 # starting a run: a new one, or one that goes on from a checkpoint
 
-# what a resumed run may change
+# the flags that a resumed run may change: a flag stands in its group for this reason
 MAY_CHANGE = {flag.name for group in (ScheduleFlags, EvaluationFlags, SystemFlags) for flag in fields(group)}
 
 
 def read_flags(argv):
     """The config, and the names of the flags that were given."""
     config = fineweb.parse_flags(TrainConfig, argv, prog="train_gpt2.py", description=__doc__)
-    words = [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
+    words = [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]  # tyro does not tell
     given = {word.removeprefix("no_") for word in words}
     check_ranges(config.flat())
     if config.setup.resume_from and "out_dir" not in given:
@@ -820,62 +882,13 @@ def read_flags(argv):
     return config, given
 
 
-def start_run(argv, world):
-    """The run that a command line asks for. Raises UserError."""
-    config, given = read_flags(argv)
-    check_restarts(config.setup.resume)
-    notes = []
-    checkpoint = open_checkpoint(config.setup, world)
-    earlier_config = checkpoint.config if checkpoint else config_to_start_again(config.setup, world, notes)
-    if earlier_config:
-        config = resumed_config(config, given, earlier_config)
-    else:
-        complete_config(config, given, notes)
-    model, tokenizer = (checkpoint.model, checkpoint.tokenizer) if checkpoint else new_model(config)
-    state = checkpoint.state if checkpoint else {}
-    setup, recipe, system = config.setup, config.recipe, config.system
-    world.use_device(system.device, system.deterministic)
-    if world.device_type == "mps" and "compile" not in given:
-        system.compile = False
-
-    run = Run()
-    run.config, run.world, run.tokenizer = config, world, tokenizer
-    run.model = model.to(world.device)
-    run.model.loss_chunks = system.loss_chunks
-    run.config.model = model.config
-    run.dtype = hellaswag.pick_dtype(system.dtype, world.device_type, without_bfloat16=torch.float16)
-    run.step = state.get("step", 0)  # updates made
-    run.saved_step = run.step  # those in the newest checkpoint
-    run.skipped = state.get("skipped", 0)  # updates left out in a row, since their gradients were not finite
-    run.run_id = state.get("run_id", f"{time.time_ns():x}")
-    run.stop = StopRequest()  # of this rank
-    run.stopped = False  # by all ranks
-    run.train_data, run.val_data = open_data(setup.data, tokenizer, model.config.block_size)
-    run.batch_size, run.micro_steps = split_batch(run, state.get("batch_size"))
-    run.ddp = model_to_train(run, notes)
-    run.optimizers = make_optimizers(model, recipe, world.device_type)
-    run.scaler = torch.amp.GradScaler(world.device_type, enabled=run.dtype == torch.float16)
-    if checkpoint:
-        for optimizer, saved in zip(run.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        run.scaler.load_state_dict(state["scaler"])
-        notes.append(f"resumed from {checkpoint.folder} at step {run.step}")
-    first_window = run.step * recipe.total_batch_size // model.config.block_size
-    run.batches = training_batches(run.train_data, first_window, run.batch_size, world, recipe.seed)
-    run.log = RunLog(run)
-    if config.evaluation.hellaswag_every:
-        run.hellaswag_examples = load_hellaswag(config.evaluation.hellaswag_data, world)
-    print_summary(run, notes)
-    return run
-
-
 def resumed_config(config, given, own):
     """`own`, the config of a run that goes on, with the flags of `config` that were given and may change."""
     values, own_values = config.flat(), own.flat()
     for name in given - MAY_CHANGE - {"out_dir", "resume", "resume_from"}:
         new, old = values[name], own_values[name]
-        is_same = new == old or name == "data" and os.path.realpath(new) == os.path.realpath(old)
-        if not is_same:
+        is_same_path = name == "data" and os.path.realpath(new) == os.path.realpath(old)
+        if new != old and not is_same_path:
             raise UserError(f"--{name} {new}: the run in {own.setup.out_dir} has {old}; drop it or change --out_dir")
     changes = {name: values[name] for name in given & MAY_CHANGE}
     return own.update({"batch_size": "auto", **changes, "out_dir": config.setup.out_dir})
@@ -906,12 +919,12 @@ def complete_config(config, given, notes):
             setattr(group, name, longest)
             notes.append(f"--{name} {longest}: shortened to a {'tenth' if share == 10 else 'fifth'} of the run")
     if setup.init_from != "scratch":
-        for name in sorted(given & {flag.name for flag in fields(ModelFlags)} - {"dropout", "block_size"}):
-            raise UserError(f"--{name}: --init_from takes its shape from the model; leave the flag out")
+        shape_flags = given & {flag.name for flag in fields(ModelFlags)} - {"dropout", "block_size"}
+        if shape_flags:
+            raise UserError(f"--{min(shape_flags)}: --init_from takes its shape from the model; leave the flag out")
         config.update(FINE_TUNING, keep=given)
     if has_shards:
-        wanted, manifest = setup.tokenizer, fineweb.read_manifest(setup.data) or {}  # other people's have none
-        setup.tokenizer = manifest.get("tokenizer", "gpt2")
+        wanted, setup.tokenizer = setup.tokenizer, shard_tokenizer(setup.data)
         if "tokenizer" in given and wanted != setup.tokenizer:
             raise UserError(f"--tokenizer {wanted}: {setup.data} holds {setup.tokenizer} tokens")
 
@@ -926,7 +939,7 @@ def new_model(config):
         return GPT(GPTConfig(**values)), tokenizer
     model, tokenizer = open_model(setup.init_from, dropout=flags.dropout, block_size=flags.block_size)
     if setup.tokenizer not in (None, tokenizer.name):
-        raise UserError(f"{setup.data} is {setup.tokenizer} tokens, but --init_from has its own, {tokenizer.name}")
+        raise UserError(f"--tokenizer {setup.tokenizer}: the model of --init_from has its own, {tokenizer.name}")
     setup.tokenizer = tokenizer.name
     return model, tokenizer
 
@@ -946,7 +959,7 @@ def split_batch(run, previous):
     unit = T * world.size
     sequences = total // unit  # of each device in a step
     if total % unit:
-        near = f"{max(1, sequences) * unit} and {(sequences + 1) * unit}"
+        near = f"{max(1, sequences) * unit} and {max(2, sequences + 1) * unit}"
         raise UserError(f"--total_batch_size {total} is not a multiple of {world.size} x --block_size {T}; {near} are")
     size = run.config.system.batch_size
     if size == "auto":
@@ -954,7 +967,7 @@ def split_batch(run, previous):
         if previous in sizes:
             size = previous
         elif world.device_type == "cuda":
-            size = largest_batch(run.model, [size for size in sizes if size & (size - 1) == 0], world, run.dtype)
+            size = largest_batch(run.model, [size for size in sizes if size.bit_count() == 1], world, run.dtype)
         else:
             size = max(size for size in sizes if size == 1 or size * T <= 8192)  # a CPU gains nothing from more
     must_divide("batch_size", size, "a device's sequences in a step,", sequences)
@@ -966,7 +979,7 @@ def largest_batch(model, sizes, world, dtype):
     copies of the parameters that stand for the gradients, AdamW's moments and DDP's buckets."""
     free, total = torch.cuda.mem_get_info()
     ours = free + torch.cuda.memory_allocated()
-    torch.cuda.set_per_process_memory_fraction(0.92 * ours / total)  # the rest is room for fragments
+    torch.cuda.set_per_process_memory_fraction(0.92 * ours / total)  # the rest is for fragmentation
     copies = None
     for size in reversed(sizes):
         try:
@@ -982,24 +995,25 @@ def largest_batch(model, sizes, world, dtype):
             model.zero_grad()
             torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1.0)
-    return int(world.reduce([size], dist.ReduceOp.MIN)[0])  # the same on all ranks
+    return int(world.all_reduce([size], dist.ReduceOp.MIN)[0])  # the smallest if none fitted; the same on all ranks
 
 
 def is_out_of_memory(error):
-    """In the words of CUDA, MPS or the CPU."""
+    """Whether it is CUDA's, MPS's or the CPU's."""
     return "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def model_to_train(run, notes):
     """The model: compiled where that is wanted and works, under torchrun in DDP's wrapper."""
-    system = run.config.system
-    if system.compile:
+    run.is_compiled = run.config.system.compile and run.world.device_type != "mps"
+    if run.is_compiled:
         try:
             torch.compile(torch.sin)(torch.zeros(8, device=run.world.device))
-            run.model.compile()
-        except Exception:  # no C++ compiler, no Triton, an unknown chip, ...
-            system.compile = False
-            notes.append("no working compiler here: training uncompiled, slower (--no_compile drops this note)")
+        except Exception as error:  # no C++ compiler, no Triton, an unknown chip, ...
+            run.is_compiled = False
+            notes.append(f"training uncompiled, slower, for the compiler does not work here ({one_line(error)})")
+    if run.is_compiled:
+        run.model.compile_blocks()
     if not run.world.distributed:
         return run.model
     ddp = nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True)
@@ -1012,7 +1026,7 @@ def print_summary(run, notes):
     setup, world, T = run.config.setup, run.world, run.model.config.block_size
     steps, tokens = run.config.schedule.max_steps, run.config.recipe.total_batch_size
     train, val = run.train_data.num_windows * T, run.val_data.num_windows * T  # tokens
-    compiled = "compiled" if run.config.system.compile else "not compiled"
+    compiled = "compiled" if run.is_compiled else "not compiled"
     if model_type_of(run.model.config) == OWN_TYPE:
         notes.append("Transformers has no such mixture of parts: only this script will read the checkpoints")
     lines = [
@@ -1044,7 +1058,7 @@ def validate(model, corpus, tokens, batch_size, world, dtype):
         with autocast(world.device_type, dtype):
             sums.append(model(x, y) * (y >= 0).sum())
     model.train()
-    (total,) = world.reduce([math.fsum(torch.stack(sums).tolist())])
+    total = world.all_reduce([math.fsum(torch.stack(sums).tolist())])[0]
     return total / (num_windows * corpus.block_size)
 
 
@@ -1066,7 +1080,7 @@ def stream_text(model, tokenizer, flags, generator):
             break
         ids.append(token.item())
         text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # a character whose other bytes are still to come
+        if not text.endswith("\ufffd"):  # else a character's other bytes are still to come
             yield text[len(shown):]
             shown = text
     yield tokenizer.decode(ids)[len(shown):]
@@ -1116,7 +1130,7 @@ def list_checkpoints(out_dir):
     return dict(sorted(folders.items()))
 
 
-def newest_checkpoint(run):
+def describe_newest_checkpoint(run):
     """For a message."""
     folders = list(list_checkpoints(run.config.setup.out_dir).values())
     return f"the last good checkpoint is {folders[-1]}" if folders else "no checkpoint was written"
@@ -1142,9 +1156,9 @@ def save_checkpoint(run):
     except Exception as error:  # OSError, and what torch and safetensors make of it
         shutil.rmtree(temporary, ignore_errors=True)
         problem = f"{folder} could not be written ({one_line(error)})"
-        run.print(f"warning: {problem}; free some space; {newest_checkpoint(run)}")
+        run.print(f"warning: {problem}; free some space; {describe_newest_checkpoint(run)}")
         return False
-    older = [old for step, old in list_checkpoints(out_dir).items() if step <= run.step]  # a newer one is damaged
+    older = [old for step, old in list_checkpoints(out_dir).items() if step <= run.step]  # newer ones are damaged
     keep = run.config.evaluation.keep_checkpoints
     for old in older[:-keep] if keep else []:
         shutil.rmtree(old, ignore_errors=True)
@@ -1165,7 +1179,14 @@ def load_state(folder, mmap=False):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         return state, TrainConfig(model=GPTConfig()).update(state["config"])
     except Exception as error:  # zip, pickle and key errors of a damaged file, or there is none
+        check_reading(error)
         raise UserError(f"{path}: damaged, or not that of a checkpoint ({one_line(error)})") from None
+
+
+def check_reading(error):
+    """Raises the error again where it may not come again: a file that could not be read now is not a damaged one."""
+    if isinstance(error, (OSError, MemoryError)) and not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def load_checkpoint(folder):
@@ -1181,9 +1202,10 @@ def load_checkpoint(folder):
 
 def choose_checkpoint(setup, world):
     """The newest good checkpoint of out_dir with --resume, or that of --resume_from; None to begin a run."""
-    out_dir, folders = setup.out_dir, list_checkpoints(setup.out_dir)
-    if not (setup.resume or setup.resume_from) and (folders or Path(out_dir, "log.jsonl").exists()):
-        raise UserError(f"{out_dir} already holds a run; add --resume to continue it, or choose another --out_dir")
+    out_dir, folders = Path(setup.out_dir).resolve(), list_checkpoints(setup.out_dir)
+    is_own = setup.resume or setup.resume_from and Path(setup.resume_from).resolve().parent == out_dir
+    if not is_own and (folders or (out_dir / "log.jsonl").exists()):
+        raise UserError(f"{setup.out_dir} already holds a run; add --resume, or choose another --out_dir")
     if setup.resume:
         for folder in reversed(folders.values()):
             try:
@@ -1213,6 +1235,7 @@ class RunLog:
         self.path = Path(out_dir, "log.jsonl")
         lines = read_log(self.path) if run.step and self.path.exists() else []
         about = {"kind": "config", "run_id": run.run_id, **run.config.flat()}
+        # This step's validation and samples are made again; its training line stays.
         lines = [line for line in lines if line.get("step", 0) < run.step + (line["kind"] == "train")] or [about]
         losses = [line["loss"] for line in lines if line["kind"] == "val"]
         self.best_loss = min(filter(None, losses), default=math.inf)  # None: not finite
@@ -1237,7 +1260,9 @@ class RunLog:
             self.best_loss = min(self.best_loss, values["loss"])
         if not self.is_active:
             return
-        values = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                values[name] = None  # JSON has no nan
         try:
             with open(self.path, "a") as f:
                 f.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
@@ -1246,8 +1271,9 @@ class RunLog:
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
         if self.wandb:
             self.wandb.log({"step": step, **numbers})
-        for name, value in numbers.items() if self.tensorboard else ():
-            self.tensorboard.add_scalar(name, value, step)
+        if self.tensorboard:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, step)
 
     def close(self):
         if self.wandb:
@@ -1257,15 +1283,21 @@ class RunLog:
 
 
 def read_log(path):
-    """The lines of a log.jsonl; one that a killed run left unfinished is left out."""
-    with open(path) as f:
-        return [json.loads(line) for line in f if line.endswith("}\n")]
+    """The lines of a log.jsonl; those that a killed run or machine left unfinished are left out."""
+    lines = []
+    with open(path, errors="replace") as f:
+        for line in f:
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                continue
+    return lines
 
 # -----------------------------------------------------------------------------
 # processes and chips
 
 class RunFailed(UserError):
-    """A run that could not go on, through no fault of the command line."""
+    """A run that began and could not go on."""
     exit_code = 1
 
 
@@ -1295,15 +1327,15 @@ class World:
             tqdm.write(text)  # goes above a progress bar
             sys.stdout.flush()
 
-    def reduce(self, numbers, op=dist.ReduceOp.SUM):
-        """Each number's sum over the ranks, or what else `op` says."""
+    def all_reduce(self, numbers, op=dist.ReduceOp.SUM):
+        """The sum of each number over the ranks, or what else `op` says."""
         values = torch.tensor(numbers, dtype=torch.float64)
         if self.distributed:
             dist.all_reduce(values, op=op)
         return values.tolist()
 
     def mean(self, *numbers):
-        return [total / self.size for total in self.reduce(numbers)]
+        return [total / self.size for total in self.all_reduce(numbers)]
 
     def from_rank_0(self, value):
         box = [value]
@@ -1325,7 +1357,7 @@ def check_restarts(resume):
 
 
 def autocast(device_type, dtype):
-    return torch.autocast(device_type, dtype) if dtype != torch.float32 else nullcontext()
+    return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
 
 # dense bf16 (fp16 where the chip has no bf16) TFLOP/s with sums in fp32, from NVIDIA's data sheets and white papers
@@ -1344,7 +1376,7 @@ def peak_flops(device_type):
 
 
 def flops_per_token(model):
-    """Of a training step: 6 per parameter in a matmul and 12 per layer, channel and key (PaLM's appendix B)."""
+    """Of a training step: 6 per parameter and 12 per layer, channel and key (PaLM's appendix B)."""
     config = model.config
     positions = 0 if model.wpe is None else model.wpe.weight.numel()
     keys = min(config.block_size, config.window or config.block_size)
@@ -1367,7 +1399,7 @@ FORMATS = {  # model_type: the fields of GPTConfig that its models have in commo
     "llama": ({**LLAMA_PARTS, "qk_norm": False, "window": 0}, {**LLAMA_NAMES, "bias": "mlp_bias"}),
     "mistral": ({**LLAMA_PARTS, "qk_norm": False, "bias": False}, {**LLAMA_NAMES, "window": "sliding_window"}),
     "qwen3": ({**LLAMA_PARTS, "qk_norm": True, "bias": False}, {**LLAMA_NAMES, "window": "sliding_window"}),
-    OWN_TYPE: ({}, {field.name: field.name for field in fields(GPTConfig)}),
+    OWN_TYPE: ({}, {flag.name: flag.name for flag in fields(GPTConfig)}),
 }
 LLAMA_MODULES = {  # Mistral's and Qwen3's too; they keep apart what c_attn has in one matrix
     "wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head", "ln_1": "input_layernorm",
@@ -1378,7 +1410,7 @@ LLAMA_MODULES = {  # Mistral's and Qwen3's too; they keep apart what c_attn has 
 
 
 def model_type_of(config):
-    """The first that can say all of the model: its config comes back from such a config.json as it was. Ours can."""
+    """The first of FORMATS that loses nothing of the config, found by writing and reading it; OWN_TYPE never does."""
     config = replace(config, zero_init=False)  # says how training began, not what the model is
     for model_type, (shared, _) in FORMATS.items():
         has_parts = all(getattr(config, name) == value for name, value in shared.items())
@@ -1405,8 +1437,8 @@ def to_hf_config(config, model_type):
 
 
 def from_hf_config(hf, model_type, path="config.json"):
-    """The GPTConfig that a config.json, completed by Transformers, stands for. Raises UserError naming what the model
-    class does not have: what config.json would say otherwise of that GPTConfig."""
+    """The GPTConfig that a config.json, completed by Transformers, stands for. Raises UserError for a value that
+    `to_hf_config` would write differently: a part that our model does not have."""
     shared, names = FORMATS[model_type]
     values = {name: hf[hf_name] for name, hf_name in names.items() if hf_name in hf} | shared
     rope = hf.get("rope_parameters") or {}
@@ -1415,9 +1447,9 @@ def from_hf_config(hf, model_type, path="config.json"):
     if isinstance(values["eot"], list):
         values["eot"] = values["eot"][0]
     config = GPTConfig(**values)
+    may_differ = ("rope_theta", "n_inner", "eos_token_id", "max_window_layers")  # read or derived above
     for name, value in to_hf_config(config, model_type).items():
-        is_same = hf.get(name, value) == value or name in ("rope_theta", "n_inner", "eos_token_id", "max_window_layers")
-        if not is_same and hf[name] != "gelu_pytorch_tanh":  # another name of gelu_new
+        if name not in may_differ and hf.get(name, value) not in (value, "gelu_pytorch_tanh"):  # gelu_new's other name
             raise UserError(f"{path}: {name} = {hf[name]!r} is not supported (only {value!r})")
     return config
 
@@ -1487,7 +1519,8 @@ def load_model_weights(model, folder, model_type):
     for file in files:
         try:
             stored |= load_file(file)
-        except Exception as error:  # safetensors' own, OSError, ...
+        except Exception as error:
+            check_reading(error)
             raise UserError(f"{file}: not a whole safetensors file ({one_line(error)}); take another copy") from None
     for name, tensor in hf_tensors(model, model_type):
         name = name if name in stored else name.removeprefix("transformer.")  # as OpenAI's file on the hub has it
@@ -1512,11 +1545,12 @@ def open_model(name_or_folder, **overrides):
     name = json.loads((folder / "config.json").read_text()).get("tokenizer")
     if name in ("gpt2", "byte"):  # ours says its name; others come with files
         return model, fineweb.get_tokenizer(name)
-    gpt2 = fineweb.get_tokenizer("gpt2") if model.config.vocab_size == 50257 else None
+    gpt2 = fineweb.get_tokenizer("gpt2")
     if any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         tokenizer = fineweb.get_tokenizer(str(folder))
-        return model, gpt2 if gpt2 and tokenizer.equals(gpt2) else tokenizer
-    if gpt2 is None:
+        is_gpt2s = tokenizer.vocab_size == gpt2.vocab_size and tokenizer.equals(gpt2)
+        return model, gpt2 if is_gpt2s else tokenizer
+    if model.config.vocab_size != gpt2.vocab_size:
         raise UserError(f"{name_or_folder}: no tokenizer files beside the model; save its tokenizer there")
     return model, gpt2
 
@@ -1525,18 +1559,26 @@ def open_model(name_or_folder, **overrides):
 
 def train(argv):
     world = World()
-    run = start_run(argv, world)
+    run = None
     try:
+        run = Run(argv, world)
         training_loop(run)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        size, sequences = run.batch_size, run.batch_size * run.micro_steps
-        remedies = ["a smaller --block_size or model is needed"]
-        remedies += [f"add --batch_size {n} (the losses stay the same)" for n in range(1, size) if sequences % n == 0]
-        raise RunFailed(f"out of memory with --batch_size {size}; {remedies[-1]}; {newest_checkpoint(run)}") from None
+        raise out_of_memory(run) from None
     del run  # and DDP with it, which must not outlive the process group
     world.close()
+
+
+def out_of_memory(run):
+    """The error to raise; it names the next smaller batch that divides."""
+    if run is None:
+        return RunFailed("out of memory before the first step; a smaller model is needed")
+    size, sequences = run.batch_size, run.batch_size * run.micro_steps
+    remedies = ["a smaller --block_size or model is needed"]
+    remedies += [f"add --batch_size {n} (the losses stay the same)" for n in range(1, size) if sequences % n == 0]
+    return RunFailed(f"out of memory with --batch_size {size}; {remedies[-1]}; {describe_newest_checkpoint(run)}")
 
 
 @dataclass
@@ -1588,7 +1630,7 @@ def evaluate(argv):
     corpus = open_data(data, tokenizer, model.config.block_size)[1]
     model.to(world.device)
     loss = validate(model, corpus, tokens, max(1, 8192 // model.config.block_size), world, dtype)
-    world.print(f"{data}: validation loss {loss:.4f} nats a token, perplexity {math.exp(loss):,.3f}")
+    world.print(f"{data}: validation loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):,.3f}")
     if examples := load_hellaswag(flags.hellaswag_data, world):
         score = score_hellaswag(model, examples, tokenizer, world, dtype)
         world.print(f"HellaSwag: acc {score['acc']:.2%}, acc_norm {score['acc_norm']:.2%} of {score['n']:,}")

@@ -188,7 +188,7 @@ def training_speed(device, batch_size, accumulation=1, steps=3, dtype="float32",
     if head == "plain":
         model.loss_sum = plain_loss
     if compiled:
-        model.compile()
+        model.compile_blocks()
         torch._functorch.config.ban_recompute_materialized_backward = not recompute
     optimizers = make_optimizers(model, RecipeFlags(), device.split(":")[0])
     if optimizer == "loop":

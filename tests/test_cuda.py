@@ -18,7 +18,7 @@ SYNCS = ("--preset gpt2 --n_layer 2 --n_head 2 --n_embd 64 --block_size 64 --tot
 
 def steps_without_a_sync(flags):
     """Two steps, and a third in which every wait for the device is an error, until the step reads its loss."""
-    run = train_gpt2.start_run(list(map(str, flags)), train_gpt2.World())
+    run = train_gpt2.Run(list(map(str, flags)), train_gpt2.World())
     for _ in range(2):
         run.train_step()
     tolist = torch.Tensor.tolist

@@ -106,7 +106,7 @@ def test_a_trillion_tokens(tmp_path, monkeypatch):
             f.truncate(128 + 200_000_000)
     tracemalloc.start()  # the process's own peak may lie in an earlier test
     start = time.process_time()  # of this process alone, whatever else the machine does
-    train, val = open_data(str(tmp_path), SimpleNamespace(vocab_size=50257), 1024)
+    train, val = open_data(str(tmp_path), SimpleNamespace(name="gpt2", vocab_size=50257), 1024)
     first_window = 2 * train.num_windows + 123_456_789
     batches = training_batches(train, first_window, 16, world(1023, 1024), 1337)
     x, y = next(batches)

@@ -309,6 +309,46 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(file, size, one_p
     assert result(out_dir)[0] == result(one_process)[0]
 
 
+def test_a_disk_that_fails_to_read_is_no_damage(one_process, tmp_path, monkeypatch):
+    """Nothing begins anew, and nothing is deleted, when good checkpoints could not be read."""
+    shutil.copytree(one_process, tmp_path / "log", symlinks=True)
+    before = sorted(path.name for path in (tmp_path / "log").iterdir())
+
+    def fail(path, **how):
+        raise OSError(5, "Input/output error", str(path))
+    monkeypatch.setattr(torch, "load", fail)
+    line = refused("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log", "--device", "cpu")
+    assert "train_state.pt: Input/output error" in line
+    assert sorted(path.name for path in (tmp_path / "log").iterdir()) == before
+
+
+def test_resumes_in_another_dtype(one_process, tmp_path):
+    """Into float16, whose gradient scaler has no state yet, and out of it."""
+    resume_copy(one_process, 10, tmp_path / "log")
+    for dtype, steps in (("float16", 12), ("float32", 14)):
+        out, _ = run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log", "--dtype", dtype, "--max_steps", steps)
+        assert f"1 x cpu, {dtype}" in out and len(losses(tmp_path / "log")) == steps
+
+
+def test_a_run_that_could_not_compile_still_wants_to(small_shards, tmp_path, monkeypatch):
+    def broken(function, **how):
+        raise RuntimeError("no C++ compiler")
+    monkeypatch.setattr(torch, "compile", broken)
+    flags = [flag for flag in SMALL if flag != "--no_compile"]
+    out, _ = run("train_gpt2.py", *flags, "--data", small_shards, "--checkpoint_every", 6, "--out_dir", tmp_path / "log")
+    assert "not compiled" in out and "no C++ compiler" in out
+    assert torch.load(tmp_path / "log/latest/train_state.pt", weights_only=True)["config"]["compile"] is True
+
+
+def test_a_checkpoint_with_an_unknown_flag_is_named(one_process, tmp_path):
+    out_dir = tmp_path / "log"
+    shutil.copytree(one_process / "step_000010", out_dir / "step_000010")
+    state = torch.load(out_dir / "step_000010/train_state.pt", weights_only=True)
+    torch.save({**state, "config": {**state["config"], "relu2": True}}, out_dir / "step_000010/train_state.pt")
+    line = refused("train_gpt2.py", "--resume_from", out_dir / "step_000010", "--out_dir", tmp_path / "other")
+    assert "relu2 = True: this script has no such flag" in line
+
+
 def test_nothing_is_unpickled(one_process, tmp_path):
     import pickle
 
@@ -345,6 +385,19 @@ def test_resume_from_a_named_checkpoint(one_process, tmp_path):
     assert "resumed from" in out and "step_000030" in out  # a job that is started again: the newest of its own
 
 
+def test_another_runs_checkpoint_is_kept_at_once_and_not_mixed_into_a_third_run(one_process, small_shards, tmp_path):
+    """What out_dir holds is enough to resume, also before the first checkpoint of its own."""
+    flags = ["--resume_from", one_process / "step_000010", "--out_dir", tmp_path / "other", "--device", "cpu"]
+    run("train_gpt2.py", *flags, "--max_steps", 12, "--checkpoint_every", 0)
+    assert (tmp_path / "other/step_000010").is_dir()
+    out, _ = run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "other")
+    assert "at step 10" in out and losses(tmp_path / "other")[0] == losses(one_process)[10]
+    run("train_gpt2.py", *SMALL, "--max_steps", 2, "--data", small_shards, "--out_dir", tmp_path / "third")
+    before = (tmp_path / "third/log.jsonl").read_text()
+    assert "already holds a run" in refused("train_gpt2.py", *flags, "--out_dir", tmp_path / "third")
+    assert (tmp_path / "third/log.jsonl").read_text() == before
+
+
 def poison(monkeypatch, steps, rank=0):
     """The gradients of these steps (the first is 0) are nan on this rank."""
     train_step = train_gpt2.Run.train_step
@@ -377,7 +430,7 @@ def signals():
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_bad_gradient_of_one_optimizer_skips_both(dtype, bad, small_shards, tmp_path, signals):
     flags = [*SMALL, "--optimizer", "muon", "--dtype", dtype, "--data", small_shards, "--out_dir", tmp_path / "log"]
-    run = train_gpt2.start_run([str(flag) for flag in flags], World())
+    run = train_gpt2.Run([str(flag) for flag in flags], World())
     run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype == "float16")
     run.train_step()
     before = [p.clone() for p in run.model.parameters()]
@@ -508,7 +561,7 @@ def test_a_full_disk_keeps_the_old_checkpoints_and_says_so(tiny_disk, small_shar
 
 def test_the_checkpoint_just_written_is_kept_beside_a_damaged_newer_one(small_shards, tmp_path, signals):
     flags = [*SMALL, "--data", small_shards, "--out_dir", tmp_path]
-    run = train_gpt2.start_run([str(flag) for flag in flags], World())
+    run = train_gpt2.Run([str(flag) for flag in flags], World())
     for run.step, keep in ((100, 0), (200, 0), (1_000_000, 0), (130, 1)):
         run.config.evaluation.keep_checkpoints = keep
         run.save()

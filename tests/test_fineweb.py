@@ -183,12 +183,18 @@ def test_run_cli(capfd, monkeypatch):
     assert ends_with(UserError("no such thing")) == (2, "error: no such thing\n", 0)
     assert ends_with(KeyboardInterrupt()) == (130, "", 0)
     assert ends_with(ZeroDivisionError()) == (None, "", 0)  # Python shows where it happened
+    assert ends_with(ModuleNotFoundError(name="tyro")) == (2, "error: a package is missing: pip install tyro\n", 0)
+    assert ends_with(FileNotFoundError(2, "No such file", "a.txt")) == (2, "error: a.txt: No such file\n", 0)
+    waits = []
     for rank in 0, 1, 3:  # under torchrun who knows best comes first: it ends the others, which wait
         monkeypatch.setenv("RANK", str(rank))
-        assert ends_with(UserError("no such thing")) == (2, "error: no such thing\n", rank)
-        assert ends_with(SystemExit(2)) == (2, "", rank)
-        assert ends_with(ZeroDivisionError()) == (None, "", rank + 5)
+        *ended, users = ends_with(UserError("no such thing"))
+        assert ended == [2, "error: no such thing\n"] and ends_with(SystemExit(2)) == (2, "", users)
+        *ended, others = ends_with(ZeroDivisionError())
+        assert ended == [None, ""] and others > users
         assert ends_with(KeyboardInterrupt()) == (130, "", 0)
+        waits.append(users)
+    assert waits == sorted(set(waits)) and waits[0] == 0
 
 
 def test_a_reader_that_goes_away():
@@ -562,6 +568,19 @@ def test_a_long_csv_row(tmp_path):
         csv.writer(f).writerows([["text"]] + [[text] for text in texts])
     build(tmp_path / "out", tmp_path / "a.csv", max_tokens=100_000)
     assert np.array_equal(stream(tmp_path / "out"), expected_stream(texts)[:100_000])
+
+
+def test_csv_files_of_many_blocks(tmp_path):
+    texts = ["short", "very long, \"indeed\"\n" * 200_000, "", *make_documents(100), "naïve 🙂" * 400_000] * 5
+    with open(tmp_path / "a.csv", "w", newline="") as f:
+        csv.writer(f).writerows([["id", "text"]] + list(enumerate(texts)))
+    assert os.path.getsize(tmp_path / "a.csv") > 2 << 24
+    config = fineweb.Config(files=(str(tmp_path / "a.csv"),))
+    read = [""] * len(texts)
+    for place, _, text in fineweb.LocalFiles(config).texts(fineweb.Place(0, 0, 0), None):
+        assert place.char == len(read[place.row])
+        read[place.row] += text
+    assert read == texts
 
 
 def test_max_tokens(tmp_path):

@@ -140,7 +140,7 @@ def test_auto_batch_fits(shape, gigabytes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: memory.live)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (limit - memory.live, limit))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: setattr(memory, "limit", share * limit))
-    world = SimpleNamespace(device="cpu", device_type="cpu", distributed=True, reduce=lambda numbers, op: numbers)
+    world = SimpleNamespace(device="cpu", device_type="cpu", distributed=True, all_reduce=lambda numbers, op: numbers)
     with FakeTensorMode(), memory:
         model = GPT(GPTConfig(**shape))
         parameters = memory.live
@@ -358,6 +358,12 @@ def test_fine_tunes_openais_folder_on_shards(gpt2_shards, text_file, tmp_path):
     (tmp_path / "other/step_000002/tokenizer.json").write_text("{")
     out, _ = run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "other", "--device", "cpu")
     assert "not resumed from step_000002" in out and "at step 1\n" in out and len(losses(tmp_path / "other")) == 2
+
+
+def test_eval_refuses_shards_of_another_tokenizer(gpt2_shards, tmp_path):
+    GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=257)).save_pretrained(tmp_path, fineweb.get_tokenizer("byte"))
+    line = refused("train_gpt2.py", "eval", "--checkpoint", tmp_path, "--data", gpt2_shards, "--device", "cpu")
+    assert "holds gpt2 tokens" in line and "byte" in line
 
 
 def test_fine_tuning_takes_shape_and_tokenizer(tmp_path, text_file):
