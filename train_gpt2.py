@@ -254,8 +254,9 @@ def compute_dtype(x):
 
 
 def full_attention(q, k, v, dropout):
-    """Causal attention. q: (B, n_head, T, head_dim); k, v: (B, n_kv_head, T, head_dim). Returns the shape of q."""
-    return sdpa(q, k, v, is_causal=True, dropout_p=dropout)
+    """Causal attention. q: (B, n_head, T, head_dim); k, v: (B, n_kv_head, T, head_dim). Returns a list of parts along T
+    of what q's shape has: here one."""
+    return [sdpa(q, k, v, is_causal=True, dropout_p=dropout)]
 
 
 class WindowAttention(nn.Module):
@@ -266,10 +267,12 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.window = window
         distance = torch.arange(window, 2 * window)[:, None] - torch.arange(2 * window)  # from query to key
-        self.register_buffer("mask", (distance >= 0) & (distance < window), persistent=False)
+        hidden = (distance < 0) | (distance >= window)
+        mask = torch.zeros(window, 2 * window).masked_fill(hidden, -torch.inf)
+        self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, q, k, v, dropout):
-        """As `full_attention`."""
+        """As `full_attention`, in two parts: to join them here would keep a copy of both for the backward pass."""
         B, T, N = q.size(0), q.size(2), self.window
         first = full_attention(q[:, :, :N], k[:, :, :N], v[:, :, :N], dropout)  # the block with none before it
         if T <= N:
@@ -280,9 +283,8 @@ class WindowAttention(nn.Module):
         q = q[:, :, N:].unflatten(2, (-1, N)).transpose(1, 2).flatten(0, 1)  # (B * blocks, n_head, N, head_dim)
         k = k.unfold(2, 2 * N, N).permute(0, 2, 1, 4, 3).flatten(0, 1)  # (B * blocks, n_kv_head, 2N, head_dim)
         v = v.unfold(2, 2 * N, N).permute(0, 2, 1, 4, 3).flatten(0, 1)
-        rest = sdpa(q, k, v, attn_mask=self.mask, dropout_p=dropout)
-        rest = rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :T - N]
-        return torch.cat((first, rest), dim=2)
+        rest = sdpa(q, k, v, attn_mask=self.mask.to(q.dtype), dropout_p=dropout)
+        return first + [rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :T - N]]
 
 
 class LayerCache:
@@ -326,10 +328,11 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(k, v)
         if mask is not None or T == 1:  # one token sees all that there is
-            y = sdpa(q, k, v, attn_mask=mask)
+            parts = [sdpa(q, k, v, attn_mask=mask)]
         else:
-            y = self.attention(q, k, v, self.dropout if self.training else 0.0)
-        return self.c_proj(y.transpose(1, 2).flatten(2))
+            parts = self.attention(q, k, v, self.dropout if self.training else 0.0)
+        parts = [self.c_proj(y.transpose(1, 2).flatten(2)) for y in parts]  # (B, a part of T, C) each
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class MLP(nn.Module):
