@@ -892,7 +892,8 @@ def resumed_config(config, given, own):
         new, old = values[name], own_values[name]
         is_same_path = name == "data" and os.path.realpath(new) == os.path.realpath(old)
         if new != old and not is_same_path:
-            raise UserError(f"--{name} {new}: the run in {own.setup.out_dir} has {old}; drop it or change --out_dir")
+            raise UserError(f"--{name} {new}: the run in {own.setup.out_dir} has {old}, and a resumed run cannot "
+                            f"change it; leave the flag out, or start a new run with another --out_dir")
     changes = {name: values[name] for name in given & MAY_CHANGE}
     return own.update({"batch_size": "auto", **changes, "out_dir": config.setup.out_dir})
 
