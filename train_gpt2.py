@@ -740,6 +740,7 @@ class Run:
         first_window = self.step * recipe.total_batch_size // model.config.block_size
         self.batches = training_batches(self.train_data, first_window, self.batch_size, world, recipe.seed)
         self.log = RunLog(self)
+        self.hellaswag_examples = None
         if config.evaluation.hellaswag_every:
             self.hellaswag_examples = load_hellaswag(config.evaluation.hellaswag_data, world)
         print_summary(self, notes)
@@ -819,7 +820,7 @@ def training_loop(run):
             break
         if run.is_due(every.eval_every):
             log_validation(run)
-        if run.is_due(every.hellaswag_every) and run.hellaswag_examples:
+        if run.hellaswag_examples and run.is_due(every.hellaswag_every):
             log_hellaswag(run)
         if run.is_due(every.sample_every):
             log_sample(run)
@@ -1484,8 +1485,9 @@ def read_model_config(folder):
     if model_type not in FORMATS:
         raise UserError(f"{path}: model_type {model_type!r} is not supported (only gpt2, llama, mistral, qwen3)")
     if model_type == OWN_TYPE:
-        for name in sorted(hf.keys() - FORMATS[OWN_TYPE][1].keys() - {"model_type", "tokenizer"}):
-            raise UserError(f"{path}: {name} = {hf[name]!r} is a part that this script does not have")
+        unknown = hf.keys() - FORMATS[OWN_TYPE][1].keys() - {"model_type", "tokenizer"}
+        if unknown:
+            raise UserError(f"{path}: {min(unknown)} = {hf[min(unknown)]!r} is a part that this script does not have")
     else:
         import transformers
         hf = transformers.AutoConfig.from_pretrained(folder).to_dict()  # fills in what the file leaves out
