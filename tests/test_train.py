@@ -360,6 +360,16 @@ def test_fine_tunes_openais_folder_on_shards(gpt2_shards, text_file, tmp_path):
     assert "not resumed from step_000002" in out and "at step 1\n" in out and len(losses(tmp_path / "other")) == 2
 
 
+def test_a_padded_clone_of_gpt2_has_gpt2s_tokenizer(tmp_path):
+    """nanoGPT's 50,304 rows with GPT-2's tokenizer files: what counts is the tokenizer."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64, vocab_size=50304)).save_pretrained(tmp_path / "model")
+    fineweb.get_tokenizer("gpt2").save_pretrained(tmp_path / "fast")
+    AutoTokenizer.from_pretrained(tmp_path / "fast").save_pretrained(tmp_path / "model")
+    model, tokenizer = train_gpt2.open_model(tmp_path / "model")
+    assert tokenizer.name == "gpt2" and model.config.vocab_size == 50304
+
+
 def test_eval_refuses_shards_of_another_tokenizer(gpt2_shards, tmp_path):
     GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=257)).save_pretrained(tmp_path, fineweb.get_tokenizer("byte"))
     line = refused("train_gpt2.py", "eval", "--checkpoint", tmp_path, "--data", gpt2_shards, "--device", "cpu")
