@@ -145,7 +145,7 @@ class SystemFlags:
     # sequences per device in a micro-step; auto: on CUDA a power of two that fits, elsewhere up to 8,192 tokens
     batch_size: int | Literal["auto"] = "auto"
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    # auto: bfloat16 on CUDA chips and CPUs that have it, else float16 on CUDA, else float32
+    # auto: on CUDA bfloat16, float16 on chips without it; on a CPU the faster of bfloat16 and float32
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     compile: bool = True  # torch.compile the blocks and the loss, where a compiler works
     deterministic: bool = False  # bit-for-bit repeatable on CUDA, slower
@@ -719,7 +719,8 @@ class Run:
         self.model = model.to(world.device)
         self.model.loss_chunks = system.loss_chunks
         self.config.model = model.config
-        self.dtype = hellaswag.pick_dtype(system.dtype, world.device_type, without_bfloat16=torch.float16)
+        self.dtype, reason = choose_dtype(system.dtype, model.config, world, state.get("dtype"))
+        notes += [reason] if reason else []
         self.step = state.get("step", 0)  # updates made
         self.saved_step = self.step  # those in the newest checkpoint
         self.skipped = state.get("skipped", 0)  # updates left out in a row, since their gradients were not finite
@@ -800,7 +801,8 @@ class Run:
         """Tensors and plain values. The place in the data and all randomness follow from the step."""
         return {"step": self.step, "config": self.config.flat(), "scaler": self.scaler.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "batch_size": self.batch_size, "skipped": self.skipped, "run_id": self.run_id}
+                "batch_size": self.batch_size, "dtype": [self.world.device_type, str(self.dtype)[6:]],
+                "skipped": self.skipped, "run_id": self.run_id}
 
     def save(self):
         """Writes a checkpoint of this step, unless there is one. If the disk refuses, training goes on."""
@@ -958,6 +960,16 @@ def find_data(path):
     return path
 
 
+def choose_dtype(name, model_config, world, previous=None):
+    """The dtype of --dtype `name`, and why. auto: what the run had on this kind of device (`previous`), else rank 0's
+    choice, for all ranks."""
+    if name == "auto" and previous and previous[0] == world.device_type:
+        name = previous[1]
+    matmul = (256, model_config.n_embd, model_config.n_hidden)
+    is_first = world.rank == 0
+    return world.from_rank_0(is_first and hellaswag.pick_dtype(name, world.device_type, matmul, torch.float16))
+
+
 def split_batch(run, previous):
     """The batch size, that which the run had (`previous`) if it divides, and the micro-steps. Raises UserError."""
     world, T, total = run.world, run.model.config.block_size, run.config.recipe.total_batch_size
@@ -1092,11 +1104,11 @@ def stream_text(model, tokenizer, flags, generator):
 
 
 def log_sample(run):
-    """Every rank makes the same text."""
+    """Every rank makes the same text; in float32, for to cast all weights for one token costs more than it saves."""
     prompt = "Hello, I'm a language model," if run.tokenizer.name == "gpt2" else "\n"
     flags = SampleFlags(prompt=prompt, max_new_tokens=200)
     generator = torch.Generator(run.world.device).manual_seed(flags.seed)
-    with autocast(run.world.device_type, run.dtype), torch.compiler.set_stance("force_eager"):  # its shapes change
+    with torch.compiler.set_stance("force_eager"):  # its shapes change
         text = prompt + "".join(stream_text(run.model, run.tokenizer, flags, generator))
     run.log.write("sample", run.step, text=text)
     if not run.config.system.quiet:
@@ -1604,7 +1616,11 @@ def sample(argv):
     check_ranges(vars(flags))
     device = hellaswag.pick_device(flags.device)
     model, tokenizer = open_model(flags.checkpoint)
+    matmul = (1, model.config.n_embd, model.config.n_hidden)  # one token at a time is seldom faster in bfloat16
+    dtype, _ = hellaswag.pick_dtype("auto", torch.device(device).type, matmul, torch.float16)
     model.to(device)
+    for p in model.parameters():  # not the rotary table, which needs float32
+        p.data = p.data.to(dtype)
     generator = torch.Generator(device).manual_seed(flags.seed)
     for i in range(flags.num_samples):
         print("\n---\n" if i else "", flags.prompt.lstrip("\n"), sep="", end="", flush=True)
@@ -1627,8 +1643,8 @@ def evaluate(argv):
     check_ranges(vars(flags))
     world = World()
     world.use_device(flags.device)
-    dtype = hellaswag.pick_dtype("auto", world.device_type, without_bfloat16=torch.float16)
     model, tokenizer = open_model(flags.checkpoint)
+    dtype, reason = choose_dtype("auto", model.config, world)
     is_checkpoint = Path(flags.checkpoint, "train_state.pt").exists()
     config = load_state(flags.checkpoint, mmap=True)[1] if is_checkpoint else TrainConfig()
     data = find_data(flags.data or config.setup.data)
@@ -1636,7 +1652,8 @@ def evaluate(argv):
     corpus = open_data(data, tokenizer, model.config.block_size)[1]
     model.to(world.device)
     loss = validate(model, corpus, tokens, max(1, 8192 // model.config.block_size), world, dtype)
-    world.print(f"{data}: validation loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):,.3f}")
+    world.print(f"{data}: validation loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):,.3f}, "
+                f"in {reason or str(dtype)[6:]}")
     if examples := load_hellaswag(flags.hellaswag_data, world):
         score = score_hellaswag(model, examples, tokenizer, world, dtype)
         world.print(f"HellaSwag: acc {score['acc']:.2%}, acc_norm {score['acc_norm']:.2%} of {score['n']:,}")

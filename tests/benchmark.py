@@ -632,7 +632,7 @@ def hellaswag_rows(n=120, compare=12, dtypes=("float32",), rounds=2):
 
 
 def score(args):
-    dtypes = dict.fromkeys(["float32", str(hellaswag.pick_dtype("auto", "cpu"))[6:]])
+    dtypes = dict.fromkeys(["float32", str(hellaswag.pick_dtype("auto", "cpu", (256, 768, 3072))[0])[6:]])
     return [table(f"HellaSwag, GPT-2 124M, {chip('cpu')}", hellaswag_rows(args.examples, dtypes=tuple(dtypes)))]
 
 # -----------------------------------------------------------------------------
@@ -804,7 +804,8 @@ def main():
     parser.add_argument("--shares", type=float, nargs="+", default=[0.6], help="parts of the tokens (recipe)")
     parser.add_argument("--json", help="write the tables to this file too")
     args = parser.parse_args()
-    args.dtype = args.dtype or str(hellaswag.pick_dtype("auto", args.device.split(":")[0], without_bfloat16=torch.float16))[6:]
+    auto, _ = hellaswag.pick_dtype("auto", args.device.split(":")[0], (256, 768, 3072), torch.float16)
+    args.dtype = args.dtype or str(auto)[6:]
     tables = []
     for name, command in COMMANDS.items():
         if args.command in (name, "all"):

@@ -3,6 +3,7 @@
 run() calls a script's main in the test's own process, run_ranks() in a few forks of it that know each other as torchrun's
 workers do: a monkeypatch holds in both. spawn() starts a process as a user does, for what only a process shows."""
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -32,6 +33,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 import torch  # noqa: E402  after the thread count is set
 
 import fineweb  # noqa: E402
+import hellaswag  # noqa: E402
 
 torch.set_num_threads(1)  # small models: two processes side by side gain more than two threads; and forks are sound
 
@@ -83,6 +85,7 @@ def free_port():
 
 
 def run_rank(script, args, env, files):
+    gc.freeze()  # what the parent left for its collector is not this process's to end
     for number, path in zip((1, 2), files):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
@@ -143,8 +146,8 @@ class spawn(subprocess.Popen):
             self.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise AssertionError(("did not end", *self.output())) from None
-        assert expect is None or self.returncode == expect, (self.returncode, *self.output())
+            raise AssertionError("did not end\n" + "\n".join(self.output())) from None
+        assert expect is None or self.returncode == expect, f"exit code {self.returncode}\n" + "\n".join(self.output())
         return self.output()
 
 
@@ -152,7 +155,7 @@ def wait_for(condition, process, seconds=120):
     """Until the condition holds, while the process lives."""
     deadline = time.time() + seconds
     while not condition():
-        assert process.poll() is None, process.output()
+        assert process.poll() is None, "\n".join(process.output())
         assert time.time() < deadline, "nothing happened"
         time.sleep(0.001)
 
@@ -218,3 +221,13 @@ def text_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text((ROOT / "input.txt").read_text()[:40_000])
     return path
+
+
+@pytest.fixture
+def chip(monkeypatch):
+    """A function that makes a CPU: what it has, and how many seconds a matmul takes in either dtype."""
+    def make(float32, bfloat16, **found):
+        seconds = {torch.float32: float32, torch.bfloat16: bfloat16}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+        monkeypatch.setattr(hellaswag, "matmul_seconds", lambda dtype, *matmul: seconds[dtype])
+    return make

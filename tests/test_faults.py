@@ -3,6 +3,7 @@ triggered by what the log or the folder shows, never by the clock."""
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import fineweb
+import hellaswag
 import train_gpt2
 from conftest import ROOT, SMALL, free_port, log_lines, losses, refused, run, run_ranks, spawn, wait_for
 from test_hellaswag import make_examples
@@ -320,6 +322,48 @@ def test_a_disk_that_fails_to_read_is_no_damage(one_process, tmp_path, monkeypat
     line = refused("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log", "--device", "cpu")
     assert "train_state.pt: Input/output error" in line
     assert sorted(path.name for path in (tmp_path / "log").iterdir()) == before
+
+
+def auto_dtype(small_shards, out_dir, *flags, ranks=1):
+    """A small run with --dtype auto, or what `flags` add. Returns its summary's dtype and what was said of the chip."""
+    flags = [*SMALL, "--checkpoint_every", 1, "--dtype", "auto", "--data", small_shards, "--out_dir", out_dir, *flags]
+    out, _ = run_ranks(ranks, "train_gpt2.py", *flags) if ranks > 1 else run("train_gpt2.py", *flags)
+    return re.search(r" x cpu, (\w+)", out)[1], re.findall(r"note    (.*on this chip)", out)
+
+
+def test_a_resumed_run_keeps_the_dtype_that_auto_took(small_shards, tmp_path, chip):
+    chip(2.0, 1.0, bf16=True)
+    said = ["bfloat16: 2.0 times as fast as float32 on this chip"]
+    assert auto_dtype(small_shards, tmp_path / "log", "--max_steps", 3) == ("bfloat16", said)
+    for seconds in ((1.0, 2.0), (2.0, 1.0)):
+        chip(*seconds, bf16=True)
+        out, _ = run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log", "--max_steps", 4)
+        assert " x cpu, bfloat16" in out
+    out, _ = run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log", "--dtype", "float32", "--max_steps", 5)
+    assert " x cpu, float32" in out and len(losses(tmp_path / "log")) == 5
+
+
+def test_a_given_dtype_wins(small_shards, tmp_path, chip):
+    chip(2.0, 1.0, bf16=True)
+    assert auto_dtype(small_shards, tmp_path / "log", "--max_steps", 1, "--dtype", "float32") == ("float32", [])
+
+
+def test_rank_0_picks_the_dtype_of_all(small_shards, tmp_path, chip, monkeypatch):
+    chip(1.0, 1.7, bf16=True)
+    picked = hellaswag.pick_dtype
+    made = train_gpt2.Run.train_step
+
+    def pick_dtype(*args):
+        assert os.environ["RANK"] == "0", "another rank asked its clock"
+        return picked(*args)
+
+    def train_step(run):
+        (tmp_path / f"rank{run.world.rank}").write_text(str(run.dtype))
+        return made(run)
+    monkeypatch.setattr(hellaswag, "pick_dtype", pick_dtype)
+    monkeypatch.setattr(train_gpt2.Run, "train_step", train_step)
+    assert auto_dtype(small_shards, tmp_path / "log", "--batch_size", 4, ranks=2)[0] == "float32"
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == 2 * ["torch.float32"]
 
 
 def test_resumes_in_another_dtype(one_process, tmp_path):

@@ -8,6 +8,7 @@ import math
 import random
 import re
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -521,22 +522,47 @@ def test_a_device_that_is_not_here_is_refused(without_torchrun, monkeypatch):
     assert hellaswag.pick_device("auto") == hellaswag.pick_device("mps") == "mps"
 
 
-def test_auto_is_bfloat16_where_the_chip_multiplies_it(monkeypatch):
-    def capabilities(**found):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
-        return hellaswag.pick_dtype("auto", "cpu", without_bfloat16=torch.float16)
+MATMUL = (8, 16, 32)
 
+
+def test_auto_is_the_faster_dtype_of_a_cpu(chip):
+    def pick():
+        return hellaswag.pick_dtype("auto", "cpu", MATMUL, without_bfloat16=torch.float16)
+    for name in ("amx_bf16", "avx512_bf16", "bf16"):
+        chip(2.5, 1.0, **{name: True})
+        assert pick() == (torch.bfloat16, "bfloat16: 2.5 times as fast as float32 on this chip")
+        chip(1.0, 1.7, **{name: True})
+        assert pick() == (torch.float32, "float32: 1.7 times as fast as bfloat16 on this chip")
+    chip(1.09, 1.0, bf16=True)  # its rounding is not worth so little
+    assert pick()[0] == torch.float32
+    chip(1.11, 1.0, bf16=True)
+    assert pick()[0] == torch.bfloat16
+    chip(None, None, avx2=True, bf16=False)  # is not even timed
+    assert pick() == (torch.float32, "")
+
+
+def test_auto_on_gpus_and_given_dtypes(monkeypatch, chip):
     def supported(native):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
 
-    assert capabilities(amx_bf16=True) == capabilities(avx512_bf16=True) == capabilities(bf16=True) == torch.bfloat16
-    assert capabilities(avx2=True, bf16=False) == torch.float32
     supported(True)
-    assert hellaswag.pick_dtype("auto", "cuda", without_bfloat16=torch.float16) == torch.bfloat16
+    assert hellaswag.pick_dtype("auto", "cuda", MATMUL, without_bfloat16=torch.float16)[0] == torch.bfloat16
     supported(False)
-    assert hellaswag.pick_dtype("auto", "cuda", without_bfloat16=torch.float16) == torch.float16
-    assert hellaswag.pick_dtype("auto", "cuda") == torch.float32
-    assert hellaswag.pick_dtype("auto", "mps", without_bfloat16=torch.float16) == torch.float32
+    assert hellaswag.pick_dtype("auto", "cuda", MATMUL, without_bfloat16=torch.float16)[0] == torch.float16
+    assert hellaswag.pick_dtype("auto", "cuda", MATMUL)[0] == torch.float32
+    assert hellaswag.pick_dtype("auto", "mps", MATMUL, without_bfloat16=torch.float16)[0] == torch.float32
+    chip(None, None, bf16=True)  # what is given is not timed
     for name in ("bfloat16", "float16", "float32"):
         for device_type in ("cpu", "cuda", "mps"):
-            assert hellaswag.pick_dtype(name, device_type) == getattr(torch, name)
+            assert hellaswag.pick_dtype(name, device_type, MATMUL) == (getattr(torch, name), "")
+
+
+@pytest.mark.parametrize("matmul", [(256, 768, 3072), (1, 768, 3072), (256, 128, 384)])
+def test_timing_the_chip_takes_a_moment_only(matmul):
+    seconds = []
+    for _ in range(3):
+        started = time.thread_time()  # this thread's own, whatever else the machine does
+        least = [hellaswag.matmul_seconds(dtype, *matmul) for dtype in (torch.float32, torch.bfloat16)]
+        seconds.append(time.thread_time() - started)
+        assert all(0 < value < 1 for value in least)
+    assert min(seconds) < 0.3
