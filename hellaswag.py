@@ -335,10 +335,21 @@ def pick_device(name):
     return name
 
 
+def check_device(name):
+    """Raises UserError where PyTorch has no kernels for the chip: its builds leave out old and very new ones."""
+    try:
+        torch.ones(1, device=name).add(1).item()
+    except RuntimeError as error:
+        problem = UserError(f"--device {name}: this PyTorch cannot use it ({one_line(error)}); install a build for "
+                            "this chip (https://pytorch.org/get-started/previous-versions), or add --device cpu")
+        problem.exit_code = 1
+        raise problem from None
+
+
 def pick_dtype(name, device_type, matmul, without_bfloat16=torch.float32):
-    """The torch.dtype of a name (auto, bfloat16, float16 or float32), and why, or "". auto is on CUDA bfloat16 where the
-    chip has it, else `without_bfloat16`; on a CPU the faster of bfloat16 and float32 in a matmul typical of the work,
-    (tokens, inputs, outputs); elsewhere float32."""
+    """The torch.dtype of a name (auto, bfloat16, float16 or float32), and why, or "". auto is on CUDA bfloat16 where
+    the chip has it, else `without_bfloat16`; on a CPU the faster of bfloat16 and float32 in a matmul typical of the
+    work, (tokens, inputs, outputs); elsewhere float32."""
     if name != "auto":
         return getattr(torch, name), ""
     if device_type == "cuda":
@@ -408,6 +419,7 @@ def main(argv):
     if flags.limit < 0:
         raise UserError(f"--limit {flags.limit}: 0 means all, else a number of examples")
     device = pick_device(flags.device)
+    check_device(device)
     examples = load_examples(flags.data, flags.limit)
     model, encode = open_model(flags.model, flags.style)
     width = config_value(model, "n_embd", "hidden_size") or 768

@@ -13,6 +13,8 @@ The training script proper: config and presets · model · data · optimizer and
 What serves it: evaluation and samples · checkpoints and the log · processes · Transformers' formats · commands.
 """
 
+import contextlib
+import gc
 import json
 import math
 import os
@@ -23,7 +25,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -33,6 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import fineweb
@@ -281,10 +284,17 @@ class WindowAttention(nn.Module):
             padding = (0, 0, 0, -T % N)
             q, k, v = F.pad(q, padding), F.pad(k, padding), F.pad(v, padding)
         q = q[:, :, N:].unflatten(2, (-1, N)).transpose(1, 2).flatten(0, 1)  # (B * blocks, n_head, N, head_dim)
-        k = k.unfold(2, 2 * N, N).permute(0, 2, 1, 4, 3).flatten(0, 1)  # (B * blocks, n_kv_head, 2N, head_dim)
-        v = v.unfold(2, 2 * N, N).permute(0, 2, 1, 4, 3).flatten(0, 1)
-        rest = sdpa(q, k, v, attn_mask=self.mask.to(q.dtype), dropout_p=dropout)
+        rest = sdpa(q, in_pairs(k, N), in_pairs(v, N), attn_mask=self.mask.to(q.dtype), dropout_p=dropout)
         return first + [rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :T - N]]
+
+
+def in_pairs(x, N):
+    """(B, heads, T, head_dim) -> (B * (T/N - 1), heads, 2N, head_dim): each block of N tokens after the first, preceded
+    by the one before it."""
+    if x.device.type == "cpu":  # a view, where it can be one; its gradient takes atomics on a GPU
+        return x.unfold(2, 2 * N, N).permute(0, 2, 1, 4, 3).flatten(0, 1)
+    blocks = x.unflatten(2, (-1, N)).transpose(1, 2)  # (B, T/N, heads, N, head_dim)
+    return torch.cat((blocks[:, :-1], blocks[:, 1:]), dim=3).flatten(0, 1)
 
 
 class LayerCache:
@@ -376,29 +386,50 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
+def chunk_of_loss(x, head, target, vocab_size, needs_grad):
+    """x: (N, C); head: (padded_vocab_size, C); target: (N, 1), -1 is ignored. Returns the sum of the cross-entropies
+    and its gradient with respect to the logits (softmax minus one-hot), or None. Compiled, it compares each column with
+    the target, which one kernel does as it reads a row; gather and scatter, sooner otherwise, are kernels apart."""
+    logits = (x @ head.T).float()
+    columns = torch.arange(head.size(0), device=x.device)
+    is_compiled, is_target = torch.compiler.is_compiling(), target >= 0
+    if is_compiled:
+        logits = logits.where(columns < vocab_size, -torch.inf)  # the padding's share of the softmax is zero
+        is_label = columns == target
+        label_logits = logits.where(is_label, 0).sum(dim=1, keepdim=True)
+    else:
+        logits[:, vocab_size:] = -torch.inf
+        label = target.clamp(min=0)
+        label_logits = logits.gather(1, label)
+    log_sum_exp = logits.logsumexp(dim=1, keepdim=True)
+    loss = ((log_sum_exp - label_logits) * is_target).sum()
+    if not needs_grad:
+        return loss, None
+    log_sum_exp = log_sum_exp.masked_fill(~is_target, torch.inf)  # exp(-inf) = 0 where there is no target
+    if is_compiled:
+        logits_grad = (logits - log_sum_exp).exp() - is_label.float()
+    else:
+        logits_grad = logits.sub_(log_sum_exp).exp_().scatter_add_(1, label, -is_target.float())  # in place
+    return loss, logits_grad.to(x.dtype)
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """The head's matmul and the sum of the cross-entropies. The logits exist for one chunk of tokens at a time, since
     their gradient is taken at once."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab_size, num_chunks, needs_grad):
-        """hidden: (N, C); weight: (padded_vocab_size, C); targets: (N,), -1 is ignored. needs_grad: since gradient
-        mode is always off in here. Returns a scalar in nats."""
+    def forward(ctx, chunk_of_loss, hidden, weight, targets, vocab_size, num_chunks, needs_grad):
+        """hidden: (N, C); weight: (padded_vocab_size, C); targets: (N,). needs_grad: since gradient mode is always
+        off in here. Returns a scalar in nats."""
         dtype = compute_dtype(hidden)
         hidden, head = hidden.to(dtype), weight.to(dtype)
         loss = torch.zeros((), device=hidden.device)
         hidden_grads = []
         weight_grad = torch.zeros(weight.shape if needs_grad else (), device=hidden.device)
-        for x, target in zip(hidden.chunk(num_chunks), targets.chunk(num_chunks)):
-            logits = (x @ head.T).float()  # (N / num_chunks, padded_vocab_size)
-            logits[:, vocab_size:] = -torch.inf  # the padding's share of the softmax is zero
-            is_target = (target >= 0)[:, None]
-            label = target.clamp(min=0)[:, None]
-            log_sum_exp = logits.logsumexp(dim=1, keepdim=True)
-            loss += ((log_sum_exp - logits.gather(1, label)) * is_target).sum()
-            if needs_grad:  # softmax minus one-hot, in the logits' own memory; exp(-inf) = 0 where there is no target
-                logits_grad = logits.sub_(log_sum_exp.masked_fill(~is_target, torch.inf)).exp_()
-                logits_grad = logits_grad.scatter_add_(1, label, -is_target.float()).to(dtype)
+        for x, target in zip(hidden.chunk(num_chunks), targets[:, None].chunk(num_chunks)):
+            part, logits_grad = chunk_of_loss(x, head, target, vocab_size, needs_grad)
+            loss += part
+            if needs_grad:
                 hidden_grads.append(logits_grad @ head)
                 weight_grad += logits_grad.T @ x
         if needs_grad:
@@ -408,7 +439,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * grad, weight_grad * grad, None, None, None, None
+        return None, hidden_grad * grad, weight_grad * grad, None, None, None, None
 
 
 class GPT(nn.Module):
@@ -416,7 +447,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.loss_chunks = 0  # 0: chosen in `forward`
-        self.loss_sum = ChunkedCrossEntropy.apply
+        self.loss_sum = partial(ChunkedCrossEntropy.apply, chunk_of_loss)
         has_window = 0 < config.window < config.block_size
         attention = WindowAttention(config.window) if has_window else full_attention
         self.rotary = Rotary(config) if config.rope else None
@@ -487,14 +518,15 @@ class GPT(nn.Module):
                              num_chunks, torch.is_grad_enabled())
         return loss / (targets >= 0).sum()
 
-    def compile_blocks(self):
+    def compile_blocks(self, recompute=True):
         """Compiles the blocks and the loss; not the embedding, whose compiled gradient on a CPU sums in no fixed order.
-        Sets two of the compiler's global switches."""
+        recompute: norms and GELUs are made again in the backward pass, not kept. Sets two of the compiler's global
+        switches."""
         torch._dynamo.config.optimize_ddp = False  # a block is a graph already; DDP's buckets would cut it again
-        torch._functorch.config.ban_recompute_materialized_backward = False  # norms and GELUs are made again, not kept
+        torch._functorch.config.ban_recompute_materialized_backward = not recompute
         for block in self.h:
             block.compile(dynamic=False)
-        self.loss_sum = torch.compile(self.loss_sum, dynamic=False)
+        self.loss_sum = partial(ChunkedCrossEntropy.apply, torch.compile(chunk_of_loss, dynamic=False))
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
@@ -663,6 +695,36 @@ def open_data(path, tokenizer, block_size):
 # -----------------------------------------------------------------------------
 # optimizer and schedule
 
+class BatchedMuon(torch.optim.Muon):
+    """torch.optim.Muon (Jordan et al. 2024) with adjust_lr_fn="match_rms_adamw" and the same updates and state, but all
+    matrices of one shape at a time: a tenth of the kernel launches."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for shape in sorted({p.shape for p in group["params"]}):
+                params = [p for p in group["params"] if p.shape == shape]
+                grads = [p.grad for p in params]
+                buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+                x = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"])).bfloat16()  # Nesterov's
+                updates = orthogonalize(x.mT if shape[0] > shape[1] else x, group)
+                updates = updates.mT if shape[0] > shape[1] else updates
+                lr = group["lr"] * 0.2 * math.sqrt(max(shape))
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(updates.to(params[0].dtype)), alpha=-lr)
+
+
+def orthogonalize(x, group):
+    """x: (matrices, rows, columns), rows <= columns. Newton and Schulz's iteration towards singular values of 1."""
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+    a, b, c = group["ns_coefficients"]
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
 def make_optimizers(model, recipe, device_type):
     """AdamW (Loshchilov & Hutter 2019) that decays matrices only; with --optimizer muon the blocks' matrices go to Muon
     (Jordan et al. 2024), its updates scaled to AdamW's so that one learning rate serves both (Liu et al. 2025)."""
@@ -674,7 +736,7 @@ def make_optimizers(model, recipe, device_type):
     adamw = torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), fused=device_type in ("cuda", "cpu"))
     if not for_muon:
         return [adamw]
-    return [adamw, torch.optim.Muon(for_muon, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")]
+    return [adamw, BatchedMuon(for_muon, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")]
 
 
 def learning_rate(step, schedule):
@@ -727,6 +789,8 @@ class Run:
         self.run_id = state.get("run_id", f"{time.time_ns():x}")
         self.stop = StopRequest()  # of this rank
         self.stopped = False  # by all ranks
+        if model.config.window:  # cuDNN's masked backward pass has given NaNs on Hopper (pytorch issue 196678)
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.train_data, self.val_data = open_data(setup.data, tokenizer, model.config.block_size)
         self.batch_size, self.micro_steps = split_batch(self, state.get("batch_size"))
         self.ddp = model_to_train(self, notes)
@@ -813,6 +877,7 @@ class Run:
 
 def training_loop(run):
     every, world, max_steps = run.config.evaluation, run.world, run.config.schedule.max_steps
+    first_step = run.step + 1
     bar = tqdm(total=max_steps, initial=run.step, unit="step", dynamic_ncols=True,
                disable=run.config.system.quiet or world.rank > 0, mininterval=0.1 if sys.stderr.isatty() else 10)
     while True:
@@ -829,6 +894,7 @@ def training_loop(run):
         if run.step >= max_steps:
             break
         line = run.train_step()
+        collect_garbage(run.step, first_step)
         run.log.write("train", run.step, **line)
         bar.set_postfix_str(f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, norm {line['grad_norm']:.3f}, "
                             f"{line['tokens_per_second']:,.0f} tokens/s", refresh=False)
@@ -852,6 +918,15 @@ def training_loop(run):
     elif run.saved_step == run.step:
         world.print(f"done at step {run.step:,}; sample from the model with:\n"
                     f"  python {script} sample --checkpoint {out_dir}/latest --prompt \"ROMEO:\"")
+
+
+def collect_garbage(step, first_step):
+    """Python's collector runs here alone: within a step of one rank it would keep all waiting."""
+    if step == first_step or step % 1000 == 0:
+        gc.collect()
+    if step == first_step:
+        gc.freeze()  # what is there now stays
+        gc.disable()
 
 
 class StopRequest:
@@ -1030,7 +1105,8 @@ def model_to_train(run, notes):
             run.is_compiled = False
             notes.append(f"training uncompiled, slower, for the compiler does not work here ({one_line(error)})")
     if run.is_compiled:
-        run.model.compile_blocks()
+        has_room = run.world.device_type == "cuda" and torch.cuda.mem_get_info()[1] > 40e9  # bytes
+        run.model.compile_blocks(recompute=not has_room)
     if not run.world.distributed:
         return run.model
     ddp = nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True)
@@ -1108,7 +1184,7 @@ def log_sample(run):
     prompt = "Hello, I'm a language model," if run.tokenizer.name == "gpt2" else "\n"
     flags = SampleFlags(prompt=prompt, max_new_tokens=200)
     generator = torch.Generator(run.world.device).manual_seed(flags.seed)
-    with torch.compiler.set_stance("force_eager"):  # its shapes change
+    with changing_shapes():
         text = prompt + "".join(stream_text(run.model, run.tokenizer, flags, generator))
     run.log.write("sample", run.step, text=text)
     if not run.config.system.quiet:
@@ -1129,7 +1205,7 @@ def load_hellaswag(path, world):
 
 def score_hellaswag(model, examples, tokenizer, world, dtype):
     """hellaswag.evaluate's dict; all ranks share the work."""
-    with autocast(world.device_type, dtype), torch.compiler.set_stance("force_eager"):
+    with autocast(world.device_type, dtype), changing_shapes():
         return hellaswag.evaluate(model, examples, tokenizer.encode, style="completion", device=world.device)
 
 
@@ -1271,6 +1347,7 @@ class RunLog:
             self.path.replace(f"{self.path}.old")
         with fineweb.replacing(self.path) as f:
             f.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        self.file = open(self.path, "a")
 
     def write(self, kind, step, **values):
         if kind == "val":
@@ -1281,8 +1358,8 @@ class RunLog:
             if isinstance(value, float) and not math.isfinite(value):
                 values[name] = None  # JSON has no nan
         try:
-            with open(self.path, "a") as f:
-                f.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self.file.flush()
         except OSError as error:
             raise RunFailed(f"{self.path}: {error.strerror}; free some space, then add --resume") from None
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
@@ -1293,6 +1370,8 @@ class RunLog:
                 self.tensorboard.add_scalar(name, value, step)
 
     def close(self):
+        if self.is_active:
+            self.file.close()
         if self.wandb:
             self.wandb.finish()
         if self.tensorboard:
@@ -1331,6 +1410,7 @@ class World:
     def use_device(self, name, deterministic=False):
         self.device = hellaswag.pick_device(name)  # "cuda:3"
         self.device_type = torch.device(self.device).type  # "cuda"
+        hellaswag.check_device(self.device)
         if self.device_type == "cuda":
             torch.cuda.set_device(self.device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # what stays float32 on a GPU
@@ -1373,14 +1453,23 @@ def check_restarts(resume):
                         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it, so that its processes find each other")
 
 
+@contextlib.contextmanager
+def changing_shapes():
+    """For inputs of ever new shapes: nothing is compiled, and no attention by cuDNN, which plans for each shape."""
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(kernels):
+        yield
+
+
 def autocast(device_type, dtype):
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
 
 # dense bf16 (fp16 where the chip has no bf16) TFLOP/s with sums in fp32, from NVIDIA's data sheets and white papers
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L4": 121, "T4": 65,
-               "V100": 125, "RTX 3060": 25.5, "RTX 3070": 40.6, "RTX 3080": 59.5, "RTX 3090": 71, "RTX 4070": 58.3,
-               "RTX 4080": 97.5, "RTX 4090": 165.2, "RTX 5070": 61.7, "RTX 5080": 112.6, "RTX 5090": 209.5}
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A10": 125, "L40S": 362,
+               "L4": 121, "T4": 65, "V100": 125, "A4000": 76.7, "RTX 3060": 25.5, "RTX 3070": 40.6, "RTX 3080": 59.5,
+               "RTX 3090": 71, "RTX 4060 Ti": 44.1, "RTX 4070": 58.3, "RTX 4080": 97.5, "RTX 4090": 165.2,
+               "RTX 5070": 61.7, "RTX 5080": 112.6, "RTX 5090": 209.5}
 
 
 def peak_flops(device_type):
@@ -1585,6 +1674,9 @@ def train(argv):
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(run) from None
+    finally:
+        gc.enable()
+        gc.unfreeze()
     del run  # and DDP with it, which must not outlive the process group
     world.close()
 
@@ -1615,6 +1707,7 @@ def sample(argv):
     flags = fineweb.parse_flags(SampleFlags, argv, "train_gpt2.py sample", "Writes text with a trained model.")
     check_ranges(vars(flags))
     device = hellaswag.pick_device(flags.device)
+    hellaswag.check_device(device)
     model, tokenizer = open_model(flags.checkpoint)
     matmul = (1, model.config.n_embd, model.config.n_hidden)  # one token at a time is seldom faster in bfloat16
     dtype, _ = hellaswag.pick_dtype("auto", torch.device(device).type, matmul, torch.float16)
@@ -1624,8 +1717,9 @@ def sample(argv):
     generator = torch.Generator(device).manual_seed(flags.seed)
     for i in range(flags.num_samples):
         print("\n---\n" if i else "", flags.prompt.lstrip("\n"), sep="", end="", flush=True)
-        for text in stream_text(model, tokenizer, flags, generator):
-            print(text, end="", flush=True)
+        with changing_shapes():
+            for text in stream_text(model, tokenizer, flags, generator):
+                print(text, end="", flush=True)
         print()
 
 

@@ -133,6 +133,23 @@ def test_loss_and_gradient_equal_plain_cross_entropy(chunks):
         assert torch.allclose(p.grad, g, atol=1e-5)
 
 
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_the_compiled_chunk_of_loss_equals_the_other(needs_grad):
+    """Its own way of finding the target's column, against gather and scatter; with targets that are ignored."""
+    torch.manual_seed(0)
+    x, head = torch.randn(40, 16), torch.randn(128, 16)
+    target = torch.randint(0, 100, (40, 1))
+    target[::7] = -1
+    loss, grad = train_gpt2.chunk_of_loss(x, head, target, 100, needs_grad)
+    compiled_loss, compiled_grad = torch.compile(train_gpt2.chunk_of_loss)(x, head, target, 100, needs_grad)
+    assert compiled_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    if needs_grad:
+        assert torch.allclose(compiled_grad, grad, atol=1e-6) and not grad[::7].any() and not grad[:, 100:].any()
+        assert grad.sum(dim=1) == pytest.approx(0, abs=1e-5)
+    else:
+        assert grad is None and compiled_grad is None
+
+
 def test_causal():
     torch.manual_seed(0)
     model = randomise(GPT(GPTConfig(**SHAPES[1])))

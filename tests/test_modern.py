@@ -3,6 +3,7 @@ mixture against its promises, and every mixture that Transformers has against Tr
 import itertools
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +73,15 @@ def test_window_equals_masked_softmax_and_gqa_equals_repeated_heads(T, window):
                     torch.autograd.grad((expected * weights).sum(), (q, k, v))):
         assert torch.allclose(a, b, atol=1e-5)
     assert relative(full_attention(q, k, v, 0.0)[0].double(), naive_attention(q, *repeated, T)) < 1e-5
+
+
+def test_the_windows_pairs_of_blocks_on_a_gpu_are_those_of_a_cpu():
+    class OnGPU(torch.Tensor):
+        device = SimpleNamespace(type="cuda")
+    x = torch.randn(2, 3, 12, 5)
+    pairs = train_gpt2.in_pairs(x, 4)
+    assert torch.equal(pairs, train_gpt2.in_pairs(x.as_subclass(OnGPU), 4).as_subclass(torch.Tensor))
+    assert torch.equal(pairs[1], x[0, :, 4:12]) and torch.equal(pairs[2], x[1, :, 0:8]) and len(pairs) == 4
 
 
 def test_window_never_makes_a_full_mask():

@@ -131,7 +131,7 @@ class Memory(TorchDispatchMode):
         self.live -= size
 
 
-@pytest.mark.parametrize("shape, gigabytes", [({"n_layer": 2}, 8), ({"n_layer": 2}, 2), ({"n_layer": 2, "block_size": 64}, 8),
+@pytest.mark.parametrize("shape, gigabytes", [({"n_layer": 2}, 8), ({"n_layer": 2}, 1.9), ({"n_layer": 2, "block_size": 64}, 8),
                                               ({"n_layer": 4, "n_head": 25, "n_embd": 1600}, 12)])
 def test_auto_batch_fits(shape, gigabytes, monkeypatch):
     """In tensors without contents, whose sizes are counted."""
@@ -168,6 +168,17 @@ def test_a_resumed_run_comes_back_to_its_device(small_shards, tmp_path, monkeypa
     run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log")
     run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log", "--device", "cuda")
     assert asked == ["cuda:1", "cuda:1", "cuda"]
+
+
+@pytest.mark.parametrize("script,flags", [("train_gpt2.py", ()), ("train_gpt2.py", ("sample", "--checkpoint", "x")),
+                                          ("hellaswag.py", ())])
+def test_a_chip_that_the_build_does_not_know_is_one_line(script, flags, monkeypatch):
+    def no_kernels(*args, **kwargs):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with ...")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "ones", no_kernels)
+    said = refused(script, *flags, "--device", "cuda", code=1)
+    assert "--device cuda:0: this PyTorch cannot use it (CUDA error: no kernel image" in said and "--device cpu" in said
 
 
 def test_a_part_of_a_chip_has_no_known_peak(monkeypatch):
@@ -232,6 +243,32 @@ def test_decay_groups():
     moved = {names[id(p)] for g in muon.param_groups for p in g["params"]}
     assert moved == {n for n, p in model.named_parameters() if n.startswith("h.") and p.ndim == 2}
     assert sum(len(g["params"]) for o in (adamw, muon) for g in o.param_groups) == len(names)
+
+
+def test_batched_muon_is_torch_muon_bit_for_bit():
+    """Its updates and its state, which either can go on from; matrices that are wide, tall, square, and alone."""
+    torch.manual_seed(0)
+    shapes = [(24, 8), (8, 24), (24, 8), (16, 16), (8, 24), (8, 8), (24, 8)]
+    start = [torch.randn(shape) for shape in shapes]
+
+    def make(kind, params):
+        return kind([torch.nn.Parameter(p.clone()) for p in params], lr=0.02, weight_decay=0.1,
+                    adjust_lr_fn="match_rms_adamw")
+    ours, theirs = make(train_gpt2.BatchedMuon, start), make(torch.optim.Muon, start)
+    for step in range(6):
+        if step == 3:  # each goes on from the other's state
+            saved = [optimizer.state_dict() for optimizer in (ours, theirs)]
+            ours.load_state_dict(saved[1])
+            theirs.load_state_dict(saved[0])
+        for optimizer in (ours, theirs):
+            generator = torch.Generator().manual_seed(step)
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.param_groups[0].update(momentum=0.85 + 0.02 * step, lr=0.02 / (step + 1))
+            optimizer.step()
+        for a, b in zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"]):
+            assert torch.equal(a, b)
+            assert torch.equal(ours.state[a]["momentum_buffer"], theirs.state[b]["momentum_buffer"])
 
 
 def test_a_step_equals_the_same_step_written_out(small_shards, tmp_path):
