@@ -177,6 +177,9 @@ class GPT2Tokenizer:
     def decode(self, ids):
         return self.encoding.decode(ids, errors="replace")
 
+    def token_bytes(self):
+        return np.array([len(self.encoding.decode_single_token_bytes(i)) for i in range(self.eot)] + [0])
+
     def save_pretrained(self, folder):
         from tokenizers import models
         merges, ids = gpt2_files()
@@ -195,6 +198,9 @@ class ByteTokenizer:
     def decode(self, ids):
         parts = [END_OF_TEXT.encode() if i == self.eot else bytes([i]) for i in ids]
         return b"".join(parts).decode("utf-8", "replace")
+
+    def token_bytes(self):
+        return np.array(256 * [1] + [0])
 
     def save_pretrained(self, folder):
         from tokenizers import models
@@ -228,6 +234,20 @@ class FolderTokenizer:
     def decode(self, ids):
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
+    def token_bytes(self):
+        tokens = self.tokenizer.convert_ids_to_tokens(range(self.vocab_size))
+        special = set(self.tokenizer.all_special_ids)
+        is_byte_level = '"ByteLevel"' in json.dumps(json.loads(self.tokenizer.backend_tokenizer.to_str())["decoder"])
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for i, token in enumerate(tokens):
+            if token is None or i in special:
+                continue
+            if is_byte_level or re.fullmatch("<0x..>", token):  # a character, or a name, for each byte
+                lengths[i] = len(token) if is_byte_level else 1
+            else:  # SentencePiece's mark of a space
+                lengths[i] = len(token.replace("\u2581", " ").encode("utf-8"))
+        return lengths
+
     def save_pretrained(self, folder):
         self.tokenizer.save_pretrained(folder)
 
@@ -241,8 +261,9 @@ class FolderTokenizer:
 
 def get_tokenizer(name):
     """`name`: "gpt2", "byte", or a folder with Transformers tokenizer files. The result has name, eot (the id of
-    end-of-text), vocab_size, encode(text) -> list of ids, decode(ids) -> str with invalid UTF-8 replaced, and
-    save_pretrained(folder). Special tokens written in a text are ordinary text. Raises UserError."""
+    end-of-text), vocab_size, encode(text) -> list of ids, decode(ids) -> str with invalid UTF-8 replaced, token_bytes()
+    -> for each id the bytes of UTF-8 that it stands for, 0 for special ones, and save_pretrained(folder). Special
+    tokens written in a text are ordinary text. Raises UserError."""
     if name == "gpt2":
         return GPT2Tokenizer()
     if name == "byte":

@@ -43,6 +43,7 @@ import hellaswag
 from fineweb import UserError, one_line
 
 HERE = Path(__file__).resolve().parent
+STARTED = time.time()
 
 # -----------------------------------------------------------------------------
 # config and presets: a field is a flag, its comment the flag's help
@@ -125,6 +126,7 @@ class RecipeFlags:
 @dataclass
 class ScheduleFlags:
     max_steps: int = 19073  # optimizer steps
+    max_minutes: float = 0.0  # end after so much training, the schedule too, not after max_steps; 0: no limit
     lr: float = 6e-4  # peak learning rate
     min_lr: float | None = None  # learning rate at the end; None: lr / 10
     warmup_steps: int = 715  # steps of linear warm-up
@@ -195,6 +197,8 @@ PRESETS = {  # what differs from the defaults above; learning rates by size from
                  eval_every=90, eval_tokens=65536, sample_every=90, checkpoint_every=90, hellaswag_every=0),
 }
 FINE_TUNING = dict(lr=5e-5, block_size=None, tokenizer=None)  # with --init_from; None: the model's
+
+NO_LIMIT = 10**9  # steps
 
 # the least and the most that numbers may be; those not named here: 0 and 1e15
 LEAST = dict(n_layer=1, n_head=1, n_kv_head=1, n_embd=1, block_size=1, vocab_size=1, total_batch_size=1, max_steps=1,
@@ -739,16 +743,18 @@ def make_optimizers(model, recipe, device_type):
     return [adamw, BatchedMuon(for_muon, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")]
 
 
-def learning_rate(step, schedule):
-    """The learning rate of update number `step`, counted from 0."""
+def learning_rate(step, schedule, seconds=0.0):
+    """The learning rate of update number `step`, counted from 0, after so many seconds of training. Warm-up goes by
+    steps; what follows goes by the share of the run that is over, with --max_minutes by the share of the time."""
     peak, warmup_steps, max_steps = schedule.lr, schedule.warmup_steps, schedule.max_steps
     lowest = peak / 10 if schedule.min_lr is None else schedule.min_lr
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
+    time_share = seconds / (60 * schedule.max_minutes) if schedule.max_minutes else 0.0
     if schedule.schedule == "wsd":  # warm-up, stable, decay (Hu et al. 2024)
-        remaining = (max_steps - step) / max(1, schedule.decay_fraction * max_steps)
-        return lowest + (peak - lowest) * min(1.0, remaining)
-    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+        remaining = 1 - max(step / max_steps, time_share)
+        return lowest + (peak - lowest) * min(1.0, max(0.0, remaining) / max(1 / max_steps, schedule.decay_fraction))
+    progress = min(1.0, max((step - warmup_steps) / max(1, max_steps - warmup_steps), time_share))
     return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -789,6 +795,11 @@ class Run:
         self.run_id = state.get("run_id", f"{time.time_ns():x}")
         self.stop = StopRequest()  # of this rank
         self.stopped = False  # by all ranks
+        self.token_bytes = tokenizer.token_bytes()
+        self.seconds = state.get("seconds", 0.0)  # of training, by this rank's clock, without a process's first step
+        self.agreed_seconds = self.seconds  # by rank 0's clock, the same on all ranks
+        self.timed_steps = state.get("timed_steps", 0)  # those that took these seconds
+        self.is_warm = False  # after the first step, which compiles
         if model.config.window:  # cuDNN's masked backward pass has given NaNs on Hopper (pytorch issue 196678)
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.train_data, self.val_data = open_data(setup.data, tokenizer, model.config.block_size)
@@ -827,7 +838,7 @@ class Run:
                 micro_loss = self.ddp(x, y) / self.micro_steps
             self.scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
-        lr = learning_rate(self.step, self.config.schedule)
+        lr = learning_rate(self.step, self.config.schedule, self.agreed_seconds)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
@@ -836,7 +847,10 @@ class Run:
                     group["momentum"] = muon_momentum(self.step, recipe)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip or math.inf)
         loss, norm = torch.stack((loss, norm)).tolist()  # the step's one read from the device
-        loss, norm, stop = world.mean(loss, norm, self.stop.time is not None)  # and its one small all-reduce
+        seconds = self.seconds + self.is_warm * (time.time() - started)
+        first_seconds = seconds * world.size * (world.rank == 0)  # their mean is rank 0's
+        numbers = loss, norm, self.stop.time is not None, first_seconds
+        loss, norm, stop, self.agreed_seconds = world.mean(*numbers)  # and its one small all-reduce
         is_finite = math.isfinite(norm)
         for optimizer in self.optimizers:
             if is_finite:  # scaler.step would decide for each optimizer alone
@@ -847,6 +861,9 @@ class Run:
         self.stopped = stop > 0
         self.step += 1
         seconds, tokens = time.time() - started, recipe.total_batch_size
+        self.seconds += self.is_warm * seconds
+        self.timed_steps += self.is_warm
+        self.is_warm = True
         peak = peak_flops(world.device_type)
         mfu = flops_per_token(self.model) * tokens / seconds / (peak * world.size) if peak else None
         line = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": self.step * tokens, "seconds": seconds,
@@ -856,17 +873,21 @@ class Run:
     def print(self, text):
         self.world.print(f"step {self.step:>6,}  {text}")
 
+    def is_over(self):
+        schedule = self.config.schedule
+        return self.step >= schedule.max_steps or 0 < 60 * schedule.max_minutes <= self.agreed_seconds
+
     def is_due(self, every):
         """Whether it is time for what is done every so many steps (0: never) and after the last."""
-        is_last = self.step == self.config.schedule.max_steps
-        return every > 0 and self.step > 0 and (is_last or self.step % every == 0)
+        return every > 0 and self.step > 0 and (self.is_over() or self.step % every == 0)
 
     def state_dict(self):
         """Tensors and plain values. The place in the data and all randomness follow from the step."""
         return {"step": self.step, "config": self.config.flat(), "scaler": self.scaler.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "batch_size": self.batch_size, "dtype": [self.world.device_type, str(self.dtype)[6:]],
-                "skipped": self.skipped, "run_id": self.run_id}
+                "seconds": self.seconds, "timed_steps": self.timed_steps, "skipped": self.skipped,
+                "run_id": self.run_id}
 
     def save(self):
         """Writes a checkpoint of this step, unless there is one. If the disk refuses, training goes on."""
@@ -876,9 +897,10 @@ class Run:
 
 
 def training_loop(run):
-    every, world, max_steps = run.config.evaluation, run.world, run.config.schedule.max_steps
+    every, world, schedule = run.config.evaluation, run.world, run.config.schedule
     first_step = run.step + 1
-    bar = tqdm(total=max_steps, initial=run.step, unit="step", dynamic_ncols=True,
+    total = schedule.max_steps if schedule.max_steps < NO_LIMIT else None
+    bar = tqdm(total=total, initial=run.step, unit="step", dynamic_ncols=True,
                disable=run.config.system.quiet or world.rank > 0, mininterval=0.1 if sys.stderr.isatty() else 10)
     while True:
         if run.stopped or run.is_due(every.checkpoint_every):
@@ -891,7 +913,8 @@ def training_loop(run):
             log_hellaswag(run)
         if run.is_due(every.sample_every):
             log_sample(run)
-        if run.step >= max_steps:
+        if run.is_over():
+            log_end(run)
             break
         line = run.train_step()
         collect_garbage(run.step, first_step)
@@ -995,6 +1018,8 @@ def complete_config(config, given, notes):
     has_shards = os.path.isdir(setup.data)
     setup.preset = setup.preset or ("gpt2" if has_shards else "tiny")
     config.update(PRESETS[setup.preset], keep=given)
+    if schedule.max_minutes and "max_steps" not in given:
+        schedule.max_steps = NO_LIMIT
     for group, name, share in ((schedule, "warmup_steps", 10), (recipe, "momentum_warmup_steps", 5)):
         longest = schedule.max_steps // share
         if getattr(group, name) > longest and name not in given:
@@ -1120,6 +1145,10 @@ def print_summary(run, notes):
     steps, tokens = run.config.schedule.max_steps, run.config.recipe.total_batch_size
     train, val = run.train_data.num_windows * T, run.val_data.num_windows * T  # tokens
     compiled = "compiled" if run.is_compiled else "not compiled"
+    minutes = run.config.schedule.max_minutes
+    lengths = [f"{minutes:g} minutes of training"] if minutes else []
+    lengths += [f"{steps:,} steps, {steps * tokens / train:.2f} times through the data"] if steps < NO_LIMIT else []
+    length = " or ".join(lengths)
     if model_type_of(run.model.config) == OWN_TYPE:
         notes.append("Transformers has no such mixture of parts: only this script will read the checkpoints")
     lines = [
@@ -1128,8 +1157,7 @@ def print_summary(run, notes):
         f"device  {world.size} x {world.device_type}, {str(run.dtype)[6:]}, {compiled} (--device, --dtype, --compile)",
         f"batch   {tokens:,} tokens a step = {world.size} device(s) x {run.micro_steps} micro-step(s) x "
         f"{run.batch_size} sequence(s) x {T} tokens (--total_batch_size, --batch_size)",
-        f"run     {steps:,} steps, {steps * tokens / train:.2f} times through the data, logged and saved in "
-        f"{setup.out_dir}/ (--max_steps, --out_dir)",
+        f"run     {length}, logged and saved in {setup.out_dir}/ (--max_steps, --max_minutes, --out_dir)",
     ]
     world.print("\n".join(lines + [f"note    {note}" for note in notes]))
 
@@ -1137,30 +1165,52 @@ def print_summary(run, notes):
 # evaluation and samples: through the raw model, on all ranks; no training number depends on them
 
 @torch.no_grad()
-def validate(model, corpus, tokens, batch_size, world, dtype):
-    """Mean loss in nats over the first `tokens` tokens of the corpus, rounded up to windows, for any batch_size and
-    world size: ranks take turns, and short batches are filled with ignored rows."""
+def validate(model, corpus, tokens, batch_size, world, dtype, token_bytes):
+    """Mean loss in nats over the first `tokens` tokens of the corpus, rounded up to windows, and the same in bits per
+    byte of the text that they stand for, by `token_bytes` (see fineweb.get_tokenizer). For any batch_size and world
+    size: ranks take turns, and short batches are filled with ignored rows."""
     num_windows = min(corpus.num_windows, math.ceil(tokens / corpus.block_size))
     mine = [corpus.find(i, np.arange(len(corpus.shards))) for i in range(world.rank, num_windows, world.size)]
     model.eval()
     sums = [torch.zeros((), device=world.device)]  # a rank may have no window
+    num_bytes = 0
     for i in range(0, len(mine), batch_size):
         batch = corpus.read_windows(mine[i:i + batch_size])
+        num_bytes += int(token_bytes[batch[:, 1:].numpy()].sum())
         batch = F.pad(batch, (0, 0, 0, batch_size - len(batch)), value=-1).to(world.device)
         x, y = batch[:, :-1].clamp(min=0), batch[:, 1:].contiguous()
         with autocast(world.device_type, dtype):
             sums.append(model(x, y) * (y >= 0).sum())
     model.train()
-    total = world.all_reduce([math.fsum(torch.stack(sums).tolist())])[0]
-    return total / (num_windows * corpus.block_size)
+    total, num_bytes = world.all_reduce([math.fsum(torch.stack(sums).tolist()), num_bytes])
+    return total / (num_windows * corpus.block_size), total / math.log(2) / max(1, num_bytes)
 
 
 def log_validation(run):
     tokens = run.config.evaluation.eval_tokens
-    loss = validate(run.model, run.val_data, tokens, run.batch_size, run.world, run.dtype)
+    loss, bpb = validate(run.model, run.val_data, tokens, run.batch_size, run.world, run.dtype, run.token_bytes)
     perplexity = math.exp(min(loss, 700))
-    run.log.write("val", run.step, loss=loss, perplexity=perplexity)
-    run.print(f"validation loss {loss:.4f}, perplexity {perplexity:,.2f}  (best loss {run.log.best_loss:.4f})")
+    run.log.write("val", run.step, loss=loss, perplexity=perplexity, bpb=bpb)
+    run.print(f"validation loss {loss:.4f}, perplexity {perplexity:,.2f}, {bpb:.4f} bits per byte  "
+              f"(best loss {run.log.best_loss:.4f})")
+
+
+def log_end(run):
+    """The figures of a finished run, for a script to read: the last line of log.jsonl, and a line each here."""
+    tokens, flops, device_type = run.config.recipe.total_batch_size, flops_per_token(run.model), run.world.device_type
+    peak, speed = peak_flops(device_type), run.timed_steps * tokens / max(run.seconds, 1e-9)
+    last = run.log.last_val
+    numbers = {
+        "val_loss": last.get("loss"), "val_bpb": last.get("bpb"), "best_val_loss": run.log.best_loss,
+        "best_val_bpb": run.log.best_bpb, "tokens": run.step * tokens, "training_seconds": run.seconds,
+        "total_seconds": time.time() - STARTED, "tokens_per_second": speed,
+        "mfu": flops * speed / (peak * run.world.size) if peak else None,
+        "peak_memory_gb": peak_memory(device_type) / 1e9, "parameters": run.model.num_parameters(),
+    }
+    run.log.write("done", run.step, **numbers)
+    run.world.print("---")
+    for name, value in numbers.items():
+        run.world.print(f"{name + ':':<19}" + (f"{value:.6g}" if isinstance(value, float) else str(value)))
 
 
 def stream_text(model, tokenizer, flags, generator):
@@ -1330,8 +1380,10 @@ class RunLog:
         about = {"kind": "config", "run_id": run.run_id, **run.config.flat()}
         # This step's validation and samples are made again; its training line stays.
         lines = [line for line in lines if line.get("step", 0) < run.step + (line["kind"] == "train")] or [about]
-        losses = [line["loss"] for line in lines if line["kind"] == "val"]
-        self.best_loss = min(filter(None, losses), default=math.inf)  # None: not finite
+        vals = [line for line in lines if line["kind"] == "val"]
+        self.last_val = {}
+        self.best_loss = min((line["loss"] for line in vals if line["loss"]), default=math.inf)  # None: not finite
+        self.best_bpb = min((line["bpb"] for line in vals if line.get("bpb")), default=math.inf)
         self.is_active = run.world.rank == 0
         self.wandb = self.tensorboard = None
         if not self.is_active:
@@ -1351,7 +1403,8 @@ class RunLog:
 
     def write(self, kind, step, **values):
         if kind == "val":
-            self.best_loss = min(self.best_loss, values["loss"])
+            self.last_val = values
+            self.best_loss, self.best_bpb = min(self.best_loss, values["loss"]), min(self.best_bpb, values["bpb"])
         if not self.is_active:
             return
         for name, value in values.items():
@@ -1479,6 +1532,14 @@ def peak_flops(device_type):
         if re.search(rf"\b{chip}\b(?! Ti| SUPER| D| Laptop|.* MIG)", name):
             return teraflops * 1e12
     return None
+
+
+def peak_memory(device_type):
+    """In bytes, of this process so far."""
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def flops_per_token(model):
@@ -1745,9 +1806,10 @@ def evaluate(argv):
     tokens = flags.eval_tokens or config.evaluation.eval_tokens
     corpus = open_data(data, tokenizer, model.config.block_size)[1]
     model.to(world.device)
-    loss = validate(model, corpus, tokens, max(1, 8192 // model.config.block_size), world, dtype)
+    batch_size = max(1, 8192 // model.config.block_size)
+    loss, bpb = validate(model, corpus, tokens, batch_size, world, dtype, tokenizer.token_bytes())
     world.print(f"{data}: validation loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):,.3f}, "
-                f"in {reason or str(dtype)[6:]}")
+                f"{bpb:.4f} bits per byte, in {reason or str(dtype)[6:]}")
     if examples := load_hellaswag(flags.hellaswag_data, world):
         score = score_hellaswag(model, examples, tokenizer, world, dtype)
         world.print(f"HellaSwag: acc {score['acc']:.2%}, acc_norm {score['acc_norm']:.2%} of {score['n']:,}")
@@ -1758,6 +1820,7 @@ def evaluate(argv):
 class PlotFlags:
     out_dir: tuple[str, ...] = ("log",)  # run folders to draw, one line each
     x: Literal["step", "tokens", "seconds"] = "step"  # the horizontal axis
+    y: Literal["loss", "bpb"] = "loss"  # nats a token, or bits per byte of text
     output: str = "loss.png"  # picture to write
 
 
@@ -1768,6 +1831,8 @@ def plot(argv):
     is_gpt2s = any(log[0]["tokenizer"] == "gpt2" and "fineweb" in log[0]["data"] for log in logs.values() if log)
     gpt2_loss = 3.2924 if is_gpt2s else None  # of OpenAI's 124M weights, as below, by build-nanogpt
     panels = [("val", "loss", "loss, nats a token (faint: training; dots: validation)", gpt2_loss)]
+    if flags.y == "bpb":
+        panels = [("val", "bpb", "validation loss, bits per byte", None)]
     if any(line["kind"] == "hellaswag" for log in logs.values() for line in log):
         panels.append(("hellaswag", "acc_norm", "HellaSwag, acc_norm", 0.2955))
     figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
@@ -1778,9 +1843,10 @@ def plot(argv):
             x = [line[flags.x] for line in steps]
             x = np.cumsum(x) if flags.x == "seconds" else x
             x_of = {line["step"]: value for line, value in zip(steps, x)}
-            if kind == "val":
+            if name == "loss":
                 axis.plot(x, [line["loss"] for line in steps], color=f"C{i}", alpha=0.3, lw=0.8)
-            points = [(x_of[line["step"]], line[name]) for line in log if line["kind"] == kind and line["step"] in x_of]
+            points = [(x_of[line["step"]], line.get(name)) for line in log
+                      if line["kind"] == kind and line["step"] in x_of]
             axis.plot(*np.array(points, dtype=float).reshape(-1, 2).T, "o-", color=f"C{i}", label=folder)
         if gpt2:
             axis.axhline(gpt2, ls="--", color="gray", label="OpenAI's GPT-2 124M")

@@ -30,7 +30,8 @@ def result(out_dir):
     """What must be equal bit for bit: the last weights, and the log but for its clock."""
     lines = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
     for line in lines:
-        for key in ("seconds", "tokens_per_second", "run_id", "out_dir", "resume", "resume_from", "compile", "data"):
+        for key in ("seconds", "training_seconds", "total_seconds", "tokens_per_second", "peak_memory_gb", "run_id", "out_dir",
+                    "resume", "resume_from", "compile", "data"):
             line.pop(key, None)
     return (Path(out_dir) / "latest/model.safetensors").read_bytes(), sorted(map(json.dumps, lines))
 
