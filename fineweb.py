@@ -60,6 +60,9 @@ def one_line(error):
 
 def run_cli(main):
     """Runs main(argv) as the program: a UserError becomes one line on stderr and its exit code, Ctrl-C gives 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what a terminal cannot show must not end the program
     try:
         main(sys.argv[1:])
         sys.stdout.flush()

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -140,7 +141,7 @@ class EvaluationFlags:
     eval_tokens: int = 10485760  # validation tokens to use
     sample_every: int = 250  # steps between samples; 0: never
     checkpoint_every: int = 1000  # steps between checkpoints; 0: only on a signal
-    keep_checkpoints: int = 2  # newest checkpoints to keep; 0: all
+    keep_checkpoints: int = 2  # newest checkpoints to keep, beside the best one; 0: all
     hellaswag_every: int = 1000  # steps between HellaSwag scores; 0: never
     hellaswag_data: str | None = None  # HellaSwag's jsonl; None: downloaded
 
@@ -931,7 +932,8 @@ def training_loop(run):
     run.log.close()
     if run.saved_step != run.step and (run.stopped or every.checkpoint_every):
         raise RunFailed(f"the last checkpoint could not be written; {describe_newest_checkpoint(run)}")
-    script, out_dir = os.path.relpath(HERE / "train_gpt2.py"), run.config.setup.out_dir
+    script = shlex.quote(os.path.relpath(HERE / "train_gpt2.py"))
+    out_dir = shlex.quote(run.config.setup.out_dir)
     if run.stopped:
         is_one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
         torchrun = f"torchrun --standalone --nproc_per_node={world.size}" if is_one_node else "torchrun …"
@@ -953,18 +955,20 @@ def collect_garbage(step, first_step):
 
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM; the training loop ends after the step at hand. A second one stops at once."""
+    """Notes the signals of users (SIGINT), of closing terminals (SIGHUP) and of clusters; the training loop ends after
+    the step at hand. A second one of the same kind stops at once: some systems send two kinds."""
 
     def __init__(self):
-        self.time = None  # of the first signal
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
+        self.time = self.number = None  # of the first signal
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
+                signal.signal(number, self)
 
     def __call__(self, number, frame):
         grace = 3 if "TORCHELASTIC_RUN_ID" in os.environ else 0  # seconds: torchrun repeats a Ctrl-C that came here
         if self.time is None:
-            self.time = time.time()
-        elif time.time() - self.time > grace:
+            self.time, self.number = time.time(), number
+        elif number == self.number and time.time() - self.time > grace:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
@@ -982,7 +986,7 @@ def read_flags(argv):
     given = {word.removeprefix("no_") for word in words}
     check_ranges(config.flat())
     if config.setup.resume_from and "out_dir" not in given:
-        config.setup.out_dir = str(Path(config.setup.resume_from).resolve().parent)
+        config.setup.out_dir = str(follow(config.setup.resume_from).resolve().parent)
     return config, given
 
 
@@ -1191,6 +1195,11 @@ def log_validation(run):
     loss, bpb = validate(run.model, run.val_data, tokens, run.batch_size, run.world, run.dtype, run.token_bytes)
     perplexity = math.exp(min(loss, 700))
     run.log.write("val", run.step, loss=loss, perplexity=perplexity, bpb=bpb)
+    if run.saved_step == run.step and loss < run.log.best_saved_loss:
+        run.log.best_saved_loss = loss
+        if run.world.rank == 0:
+            point_to(list_checkpoints(run.config.setup.out_dir)[run.step], "best")
+            delete_old_checkpoints(run)
     run.print(f"validation loss {loss:.4f}, perplexity {perplexity:,.2f}, {bpb:.4f} bits per byte  "
               f"(best loss {run.log.best_loss:.4f})")
 
@@ -1284,7 +1293,7 @@ def save_checkpoint(run):
     oldest. Returns whether it could be written; if not, it says so and the older ones stay."""
     out_dir = Path(run.config.setup.out_dir)
     folder = out_dir / f"step_{run.step:06d}"
-    temporary, link = out_dir / f".tmp_{folder.name}", out_dir / ".tmp_latest"
+    temporary = out_dir / f".tmp_{folder.name}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         run.model.save_pretrained(temporary, run.tokenizer)
@@ -1292,20 +1301,49 @@ def save_checkpoint(run):
         fsync_all(temporary)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one that --resume stepped over
         temporary.rename(folder)
-        link.unlink(missing_ok=True)
-        link.symlink_to(folder.name)
-        link.replace(out_dir / "latest")
         fsync_all(out_dir)
     except Exception as error:  # OSError, and what torch and safetensors make of it
         shutil.rmtree(temporary, ignore_errors=True)
         problem = f"{folder} could not be written ({one_line(error)})"
         run.print(f"warning: {problem}; free some space; {describe_newest_checkpoint(run)}")
         return False
-    older = [old for step, old in list_checkpoints(out_dir).items() if step <= run.step]  # newer ones are damaged
-    keep = run.config.evaluation.keep_checkpoints
-    for old in older[:-keep] if keep else []:
-        shutil.rmtree(old, ignore_errors=True)
+    point_to(folder, "latest")
+    delete_old_checkpoints(run)
     return True
+
+
+def delete_old_checkpoints(run):
+    """All but the best one and the newest."""
+    out_dir, keep = Path(run.config.setup.out_dir), run.config.evaluation.keep_checkpoints
+    older = [old for step, old in list_checkpoints(out_dir).items() if step <= run.step]  # newer ones are damaged
+    best = follow(out_dir / "best").name
+    for old in older[:-keep] if keep else []:
+        if old.name != best:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def point_to(folder, name):
+    """Makes `name`, beside the checkpoint, a link to it; on a file system without links a text file with its name."""
+    path, temporary = folder.parent / name, folder.parent / f".tmp_{name}"
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            temporary.symlink_to(folder.name)
+        except OSError:
+            temporary.write_text(folder.name)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)  # a copy of a checkpoint, as programs that follow links leave it
+        temporary.replace(path)
+    except OSError as error:
+        print(f"warning: {path} does not name the newest checkpoint ({one_line(error)}); {folder} is whole", flush=True)
+
+
+def follow(path):
+    """The checkpoint that `point_to` made `path` name; another path as it is."""
+    path = Path(path)
+    if path.is_file() and path.stat().st_size < 100:
+        return path.parent / path.read_text().strip()
+    return path.resolve() if path.is_symlink() else path
 
 
 def fsync_all(folder):
@@ -1346,7 +1384,7 @@ def load_checkpoint(folder):
 def choose_checkpoint(setup, world):
     """The newest good checkpoint of out_dir with --resume, or that of --resume_from; None to begin a run."""
     out_dir, folders = Path(setup.out_dir).resolve(), list_checkpoints(setup.out_dir)
-    is_own = setup.resume or setup.resume_from and Path(setup.resume_from).resolve().parent == out_dir
+    is_own = setup.resume or setup.resume_from and follow(setup.resume_from).resolve().parent == out_dir
     if not is_own and (folders or (out_dir / "log.jsonl").exists()):
         raise UserError(f"{setup.out_dir} already holds a run; add --resume, or choose another --out_dir")
     if setup.resume:
@@ -1357,7 +1395,7 @@ def choose_checkpoint(setup, world):
                 world.print(f"not resumed from {folder.name}: {error}")
     if not setup.resume_from:
         return None
-    checkpoint = load_checkpoint(Path(setup.resume_from).resolve())
+    checkpoint = load_checkpoint(follow(setup.resume_from).resolve())
     if not setup.resume and max(folders, default=0) > checkpoint.state["step"]:
         raise UserError(f"{folders[max(folders)]} is newer than --resume_from: delete it, or give another --out_dir")
     return checkpoint
@@ -1382,6 +1420,9 @@ class RunLog:
         lines = [line for line in lines if line.get("step", 0) < run.step + (line["kind"] == "train")] or [about]
         vals = [line for line in lines if line["kind"] == "val"]
         self.last_val = {}
+        saved = list_checkpoints(out_dir).keys()
+        self.best_saved_loss = min((line["loss"] for line in vals if line["step"] in saved and line["loss"]),
+                                   default=math.inf)
         self.best_loss = min((line["loss"] for line in vals if line["loss"]), default=math.inf)  # None: not finite
         self.best_bpb = min((line["bpb"] for line in vals if line.get("bpb")), default=math.inf)
         self.is_active = run.world.rank == 0
@@ -1389,8 +1430,7 @@ class RunLog:
         if not self.is_active:
             return
         if system.wandb:
-            import wandb
-            self.wandb = wandb.init(project=system.wandb, id=run.run_id, resume="allow", config=about, dir=out_dir)
+            self.wandb = start_wandb(system.wandb, run.run_id, about, out_dir)
         if system.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.tensorboard = SummaryWriter(out_dir, purge_step=run.step + 1)
@@ -1431,6 +1471,18 @@ class RunLog:
             self.tensorboard.close()
 
 
+def start_wandb(project, run_id, config, folder):
+    """The run at Weights & Biases, drawn over our steps, not over its own count of calls. Raises UserError."""
+    import wandb
+    try:
+        run = wandb.init(project=project, id=run_id, resume="allow", config=config, dir=folder)
+    except Exception as error:  # no key, no terminal to ask for one, no network
+        raise UserError(f"--wandb {project}: Weights & Biases does not start ({one_line(error)}); run `wandb login` "
+                        "first, or set WANDB_MODE=offline") from None
+    run.define_metric("*", step_metric="step")
+    return run
+
+
 def read_log(path):
     """The lines of a log.jsonl; those that a killed run or machine left unfinished are left out."""
     lines = []
@@ -1457,6 +1509,10 @@ class World:
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.distributed = "RANK" in os.environ
+        tasks = int(os.environ.get("SLURM_NTASKS", 1))
+        if tasks > 1 and not self.distributed:
+            raise UserError(f"SLURM_NTASKS is {tasks}, but tasks of Slurm do not know each other: start one a node, each "
+                            "of them torchrun --nnodes … --nproc_per_node …; for a single process set SLURM_NTASKS=1")
         if self.distributed:  # numbers and objects go over gloo, gradients over NCCL
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
@@ -1623,9 +1679,10 @@ def from_hf_config(hf, model_type, path="config.json"):
 
 def model_folder(name_or_folder):
     """The local folder of a model; a name on the hub is downloaded. Raises UserError."""
-    if (Path(name_or_folder) / "config.json").exists():
-        return Path(name_or_folder)
-    if Path(name_or_folder).exists():
+    name_or_folder = follow(name_or_folder)
+    if (name_or_folder / "config.json").exists():
+        return name_or_folder
+    if name_or_folder.exists():
         raise UserError(f"{name_or_folder}: no model is here (a model folder holds config.json and model.safetensors)")
     from huggingface_hub import snapshot_download
     try:
@@ -1800,8 +1857,9 @@ def evaluate(argv):
     world.use_device(flags.device)
     model, tokenizer = open_model(flags.checkpoint)
     dtype, reason = choose_dtype("auto", model.config, world)
-    is_checkpoint = Path(flags.checkpoint, "train_state.pt").exists()
-    config = load_state(flags.checkpoint, mmap=True)[1] if is_checkpoint else TrainConfig()
+    folder = follow(flags.checkpoint)
+    is_checkpoint = (folder / "train_state.pt").exists()
+    config = load_state(folder, mmap=True)[1] if is_checkpoint else TrainConfig()
     data = find_data(flags.data or config.setup.data)
     tokens = flags.eval_tokens or config.evaluation.eval_tokens
     corpus = open_data(data, tokenizer, model.config.block_size)[1]

@@ -43,10 +43,13 @@ SMALL = ("--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --total_batch_size 
          "--optimizer adamw --lr 1e-3 --schedule cosine --device cpu").split()
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # those that end a run well
+
+
 def call_main(script, args):
     """What `python script args` does, in this process. Returns the exit code."""
     main = importlib.import_module(script.removesuffix(".py")).main
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         with mock.patch.object(sys, "argv", [script, *map(str, args)]):

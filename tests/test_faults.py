@@ -18,7 +18,7 @@ import torch
 import fineweb
 import hellaswag
 import train_gpt2
-from conftest import ROOT, SMALL, free_port, log_lines, losses, refused, run, run_ranks, spawn, wait_for
+from conftest import ROOT, SIGNALS, SMALL, free_port, log_lines, losses, refused, run, run_ranks, spawn, wait_for
 from test_hellaswag import make_examples
 from train_gpt2 import GPT, World
 
@@ -137,7 +137,7 @@ def resume_copy(run_dir, step, out_dir):
     shutil.copy(run_dir / "log.jsonl", out_dir / "log.jsonl")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_says_how_to_go_on(number, uninterrupted, small_shards, tmp_path):
     process = spawn("train_gpt2.py", *LONG, "--data", small_shards, "--out_dir", tmp_path / "log")
     wait_for(lambda: steps_logged(tmp_path / "log") >= 3, process)
@@ -156,12 +156,15 @@ def test_a_second_signal_stops_at_once(monkeypatch):
     """The first one is noted; the second one does what it would have done without us. In this process but for its end."""
     ends = []
     monkeypatch.setattr(train_gpt2.os, "kill", lambda pid, number: ends.append((pid, number, signal.getsignal(number))))
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
         stop = train_gpt2.StopRequest()
-        assert stop.time is None
+        assert stop.time is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         signal.raise_signal(signal.SIGINT)
         assert stop.time is not None and ends == []
+        signal.raise_signal(signal.SIGTERM)  # of another kind: systems that stop a program send several
+        assert ends == []
         signal.raise_signal(signal.SIGINT)
         assert ends == [(os.getpid(), signal.SIGINT, signal.SIG_DFL)]
     finally:
@@ -225,6 +228,20 @@ def test_a_signal_to_one_rank_stops_all_and_says_how_to_go_on(one_process, small
     assert last[:3] == ["torchrun", "--standalone", "--nproc_per_node=2"] and os.path.samefile(last[3], ROOT / "train_gpt2.py")
     assert last[4:] == ["--out_dir", str(tmp_path / "log"), "--resume"]
     spawn("train_gpt2.py", *last[4:], torchrun=last[1:3]).finish()
+    close(tmp_path / "log", one_process)
+
+
+def test_a_closed_terminal_stops_torchruns_ranks_well(one_process, small_shards, tmp_path):
+    """SIGHUP reaches the launcher and all of its processes."""
+    process = spawn("train_gpt2.py", *SMALL, "--max_steps", 30, "--eval_tokens", 1500, "--batch_size", 1, "--data", small_shards,
+                    "--out_dir", tmp_path / "log", torchrun=2)
+    wait_for(lambda: steps_logged(tmp_path / "log") >= 3, process)
+    for pid in (*workers_of(process.pid), process.pid):
+        os.kill(pid, signal.SIGHUP)
+    process.finish(expect=None)
+    step = len(losses(tmp_path / "log"))
+    assert (tmp_path / f"log/step_{step:06d}/train_state.pt").exists() and step < 30
+    run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log", "--device", "cpu")
     close(tmp_path / "log", one_process)
 
 
@@ -465,7 +482,7 @@ def test_a_nan_on_one_rank_skips_the_update_on_all(small_shards, tmp_path, monke
 @pytest.fixture
 def signals():
     """The handlers as they were, after a test that makes a run in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -612,6 +629,66 @@ def test_the_checkpoint_just_written_is_kept_beside_a_damaged_newer_one(small_sh
         run.save()
     assert [path.name for path in train_gpt2.list_checkpoints(tmp_path).values()] == ["step_000130", "step_000200", "step_1000000"]
     assert os.readlink(tmp_path / "latest") == "step_000130"
+
+
+@pytest.mark.parametrize("kind", ["a folder", "no links"])
+def test_latest_where_it_is_no_link(kind, small_shards, tmp_path, monkeypatch):
+    """As a copied run has it, or a file system without links: checkpoints count, and every reader finds the newest."""
+    def no_links(self, target):
+        raise PermissionError(1, "Operation not permitted", str(self))
+    flags = [*SMALL, "--data", small_shards, "--checkpoint_every", 2, "--out_dir", tmp_path / "log"]
+    if kind == "no links":
+        monkeypatch.setattr(Path, "symlink_to", no_links)
+    run("train_gpt2.py", *flags, "--max_steps", 2)
+    if kind == "a folder":
+        (tmp_path / "log/latest").unlink()
+        shutil.copytree(tmp_path / "log/step_000002", tmp_path / "log/latest")
+    out, _ = run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log", "--max_steps", 4)
+    assert "warning" not in out and losses(tmp_path / "log")[3]
+    latest = tmp_path / "log/latest"
+    assert latest.is_symlink() == (kind == "a folder") and train_gpt2.follow(latest).name == "step_000004"
+    for command in (["sample", "--max_new_tokens", 3], ["eval"]):
+        run("train_gpt2.py", *command, "--checkpoint", latest)
+    out, _ = run("train_gpt2.py", "--resume_from", latest, "--max_steps", 5)
+    assert "at step 4" in out and len(losses(tmp_path / "log")) == 5
+
+
+def test_the_best_checkpoint_is_kept(small_shards, tmp_path, monkeypatch):
+    """Of a run whose validation loss is least at step 4, and which is resumed after that."""
+    validate, steps = train_gpt2.validate, iter([2, 4, 6, 8, 8, 10])  # that of the resumed step is made again
+
+    def overfits(*args):
+        validate(*args)
+        return 2 + abs(next(steps) - 4) / 10, 1.0
+    monkeypatch.setattr(train_gpt2, "validate", overfits)
+    flags = [*SMALL, "--data", small_shards, "--eval_every", 2, "--checkpoint_every", 2, "--out_dir", tmp_path]
+    run("train_gpt2.py", *flags, "--max_steps", 8)
+    run("train_gpt2.py", "--resume", "--out_dir", tmp_path, "--max_steps", 10)
+    kept = [path.name for path in train_gpt2.list_checkpoints(tmp_path).values()]
+    assert kept == ["step_000004", "step_000008", "step_000010"]
+    assert os.readlink(tmp_path / "best") == "step_000004" and os.readlink(tmp_path / "latest") == "step_000010"
+    monkeypatch.undo()
+    run("train_gpt2.py", "sample", "--checkpoint", tmp_path / "best", "--max_new_tokens", 2)
+    out, _ = run("train_gpt2.py", "--resume_from", tmp_path / "best", "--out_dir", tmp_path / "branch", "--max_steps", 5)
+    assert "at step 4" in out
+
+
+def test_tasks_of_slurm_that_do_not_know_each_other(small_shards, tmp_path):
+    said = refused("train_gpt2.py", *SMALL, "--data", small_shards, "--out_dir", tmp_path / "log", env={"SLURM_NTASKS": "2"})
+    assert "SLURM_NTASKS is 2" in said and "torchrun" in said and not (tmp_path / "log").exists()
+    run_ranks(2, "train_gpt2.py", *SMALL, "--batch_size", 2, "--data", small_shards, "--out_dir", tmp_path / "log", env={"SLURM_NTASKS": "2"})
+
+
+def test_printed_commands_are_quoted(small_shards, tmp_path):
+    out, _ = run("train_gpt2.py", *SMALL, "--checkpoint_every", 6, "--data", small_shards, "--out_dir", tmp_path / "my log $1")
+    words = shlex.split(out.strip().splitlines()[-1])
+    assert words[words.index("--checkpoint") + 1] == str(tmp_path / "my log $1") + "/latest"
+
+
+def test_a_terminal_that_is_not_utf8(text_file, tmp_path):
+    flags = [*SMALL, "--data", text_file, "--tokenizer", "byte", "--sample_every", 3, "--max_steps", 3, "--out_dir", tmp_path / "log"]
+    out, err = spawn("train_gpt2.py", *flags, env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}).finish()
+    assert "sample:" in out and "?" in out and "Traceback" not in err
 
 
 def test_keep_checkpoints(small_shards, tmp_path):

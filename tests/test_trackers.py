@@ -101,6 +101,18 @@ def test_a_tracker_that_is_not_installed(package, flags, small_shards, tmp_path,
     assert not (tmp_path / "log").exists()  # nothing was begun
 
 
+def test_wandb_without_a_key_is_one_line(small_shards, tmp_path, monkeypatch):
+    import wandb
+
+    def init(**about):
+        raise wandb.errors.UsageError("api_key not configured (no-tty). call wandb.login(key=[your_api_key])")
+    monkeypatch.setattr(wandb, "init", init)
+    flags = [*SMALL, "--data", small_shards, "--out_dir", tmp_path / "log"]
+    said = refused("train_gpt2.py", *flags, "--wandb", "p")
+    assert "api_key not configured" in said and "wandb login" in said
+    run("train_gpt2.py", *flags)  # nothing was begun that would refuse this
+
+
 def test_the_sweep_of_the_readme_gives_each_run_its_folder(tmp_path):
     """The command as wandb's agent puts it together for two runs; a program in the place of python says what it was given."""
     import yaml
