@@ -13,7 +13,6 @@ The benchmark: Zellers et al. 2019, https://arxiv.org/abs/1905.07830. Two ways o
 The last line printed is one JSON object. train_gpt2.py also takes from here how a device and a dtype are picked.
 """
 
-import functools
 import json
 import logging
 import os
@@ -179,7 +178,7 @@ def make_item(example, encode, style, block_size, packed):
 def make_batches(items, device_type):
     """Lists of items that run together. Rows are padded to the first item's, the longest: a new batch begins where
     there would be too many tokens, or where padding would cost more than a new pass (on a GPU, its kernel launches)."""
-    max_tokens, max_padding = (2048, 100) if device_type == "cpu" else (16384, 2048)
+    max_tokens, max_padding = (2048, 40) if device_type == "cpu" else (16384, 2048)
     batches = []
     T = num_rows = padding = 0
     for item in sorted(items, key=Item.longest_row, reverse=True):
@@ -228,14 +227,13 @@ def transformers_logits(model, idx, positions, mask, indices):
         hook.remove()
 
 
-def score_batch(model, items, device):
-    """The summed losses of each item's endings, in nats: (len(items), 4) float64 on the CPU."""
-    rows = [row for item in items for row in item.rows]
+def score_rows(model, rows, device):
+    """The losses of all targets of the rows, in nats: (number of targets,) float32."""
     ids, positions, segments, targets, indices = zip(*rows)
     idx = pad_sequence(ids, batch_first=True).to(device)  # (B, T)
     positions = pad_sequence(positions, batch_first=True).to(device)
     mask = None  # rows of one text need none: a causal model does not look at the padding on the right
-    if len(rows) < 4 * len(items):
+    if any((segment > 1).any() for segment in segments):
         segments = pad_sequence(segments, batch_first=True, padding_value=-1).to(device)
         mask = visibility_mask(positions, segments, config_value(model, "window", "sliding_window"))
     targets = torch.cat(targets).to(device)
@@ -246,30 +244,60 @@ def score_batch(model, items, device):
     else:
         outputs = transformers_logits(model, idx, positions, mask, indices)
         head = torch.nn.Identity()
-    # So many tokens at a time that a CPU keeps their logits in its cache, and that a GPU's memory stays bounded.
-    chunk = 160 if device.type == "cpu" else 2560
+    # A GPU's memory stays bounded; on a CPU so few tokens that malloc uses the same memory again for their logits.
+    chunk = 120 if device.type == "cpu" else 2560
     chunks = zip(outputs.split(chunk), targets.split(chunk))
-    losses = [F.cross_entropy(head(output).float(), target, reduction="none") for output, target in chunks]
+    return torch.cat([F.cross_entropy(head(output).float(), target, reduction="none") for output, target in chunks])
+
+
+def score_batch(model, items, device):
+    """The summed losses of each item's endings, in nats: (len(items), 4) float64 on the CPU."""
+    losses = score_rows(model, [row for item in items for row in item.rows], device)
     sizes = [size for item in items for size in item.sizes]
-    sums = [part.sum() for part in torch.cat(losses).cpu().double().split(sizes)]
+    sums = [part.sum() for part in losses.cpu().double().split(sizes)]
     return torch.stack(sums).view(-1, 4)
 
 
+def scores_packed(model, packed, alone, device):
+    """Whether the last ending scores the same in a packed row, whatever the other endings are, and in a row alone.
+    A recurrent state or a convolution goes on from one ending into the next; some models take no such mask or no
+    positions, and some mask in their own way as well. Raises UserError if the model is not causal."""
+    def losses_of(row, changed_ids):
+        return score_rows(model, [row, (changed_ids, *row[1:])], device).view(2, -1)
+
+    ids = alone[0]
+    expected, changed = losses_of(alone, torch.cat([ids[:-1], ids[:1]]))
+    if not torch.allclose(expected[:-1], changed[:-1], atol=1e-4):
+        raise UserError(f"{type(model).__name__}: not a causal language model; its tokens see those that follow them")
+    ids, _, segments, *_ = packed
+    others = (segments > 0) & (segments < segments.max())
+    try:
+        losses, changed = losses_of(packed, torch.where(others, ids.flip(0), ids))[:, -len(expected):]
+    except Exception:  # what it does not take: each model has its own error
+        return False
+    return torch.allclose(losses, changed, rtol=0, atol=1e-5) and torch.allclose(losses, expected, rtol=1e-3, atol=1e-3)
+
+
 def make_items(model, examples, encode, style, device):
-    """The examples as Items, packed if the model reads them so. A Transformers model is tried on the longest: some take
-    no such mask, some take no positions, and some mask in their own way as well."""
-    block_size = config_value(model, "block_size", "max_position_embeddings") or 2048
+    """The examples as Items, packed if the model reads them so. A Transformers model is tried on the shortest, a
+    middling and the longest one, in float32: rounding to bfloat16 hides what an ending sees of the others."""
+    limits = (config_value(model, "block_size", name) for name in ("max_position_embeddings", "max_seq_len"))
+    block_size = next(filter(None, limits), 2048)
     items = [make_item(example, encode, style, block_size, packed=True) for example in examples]
     if is_ours(model) or not items:
         return items
-    longest = max(items, key=Item.longest_row)
-    expected = score_batch(model, [make_item(longest.example, encode, style, block_size, packed=False)], device)
+    by_length = sorted(items, key=Item.longest_row)
+    dtypes = [tensor.dtype for tensor in (*model.parameters(), *model.buffers())]
     try:
-        if torch.allclose(score_batch(model, [longest], device), expected, rtol=1e-3):
-            return items
-    except Exception:  # what it does not take: each model has its own error
-        pass
-    return [make_item(example, encode, style, block_size, packed=False) for example in examples]
+        model.float()
+        for item in (by_length[0], by_length[len(items) // 2], by_length[-1]):
+            alone = make_item(item.example, encode, style, block_size, packed=False)
+            if not scores_packed(model, item.rows[-1], alone.rows[-1], device):
+                return [make_item(example, encode, style, block_size, packed=False) for example in examples]
+        return items
+    finally:
+        for tensor, dtype in zip((*model.parameters(), *model.buffers()), dtypes):
+            tensor.data = tensor.data.to(dtype)
 
 
 @torch.no_grad()
@@ -411,7 +439,15 @@ def open_model(name, style):
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # no network, no such name, a damaged file: too many types to list
         raise UserError(f"--model {name}: Transformers cannot open it ({one_line(error)})") from None
-    return model, functools.partial(tokenizer.encode, add_special_tokens=style == "harness", verbose=False)
+    num_rows = model.get_input_embeddings().weight.size(0)
+
+    def encode(text):
+        ids = tokenizer.encode(text, add_special_tokens=style == "harness", verbose=False)
+        if max(ids, default=0) >= num_rows:  # no earlier: many a tokenizer has a few ids more, which no text here has
+            raise UserError(f"--model {name}: its tokenizer has {len(tokenizer)} ids and a text has the id {max(ids)}, "
+                            f"the model has embeddings of {num_rows}; give it the tokenizer that it was trained with")
+        return ids
+    return model, encode
 
 
 def main(argv):

@@ -413,8 +413,8 @@ def test_command_line(kind, style, tmp_path):
     out, err = run("hellaswag.py", "--model", tmp_path / "model", "--data", tmp_path / "val.jsonl", "--style", style,
                    "--limit", 20, "--dtype", "float32", "--device", "cpu")
     result = json.loads(out.splitlines()[-1])
-    assert list(result) == ["model", "style", "n", "acc", "acc_norm", "acc_stderr", "acc_norm_stderr", "truncated",
-                            "examples_per_second"]
+    assert list(result) == ["model", "style", "dtype", "n", "acc", "acc_norm", "acc_stderr", "acc_norm_stderr",
+                            "truncated", "examples_per_second"]
     assert "acc_norm" in err  # the progress bar's running accuracy
     with torch.no_grad():
         scores = [reference_scores(lambda idx: model(idx).logits, example, tokenizer.encode, style, 256)
