@@ -915,7 +915,6 @@ def training_loop(run):
         if run.is_due(every.sample_every):
             log_sample(run)
         if run.is_over():
-            log_end(run)
             break
         line = run.train_step()
         collect_garbage(run.step, first_step)
@@ -929,6 +928,8 @@ def training_loop(run):
             raise RunFailed(f"10 steps in a row had a gradient that was not finite, the last one step {run.step}; "
                             f"{describe_newest_checkpoint(run)}; lower --lr, or look at the data")
     bar.close()
+    if run.is_over():
+        log_end(run)
     run.log.close()
     if run.saved_step != run.step and (run.stopped or every.checkpoint_every):
         raise RunFailed(f"the last checkpoint could not be written; {describe_newest_checkpoint(run)}")
@@ -1217,9 +1218,10 @@ def log_end(run):
         "peak_memory_gb": peak_memory(device_type) / 1e9, "parameters": run.model.num_parameters(),
     }
     run.log.write("done", run.step, **numbers)
-    run.world.print("---")
+    lines = ["---"]
     for name, value in numbers.items():
-        run.world.print(f"{name + ':':<19}" + (f"{value:.6g}" if isinstance(value, float) else str(value)))
+        lines.append(f"{name + ':':<19}" + (f"{value:.6g}" if isinstance(value, float) else str(value)))
+    run.world.print("\n".join(lines))
 
 
 def stream_text(model, tokenizer, flags, generator):
