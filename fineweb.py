@@ -305,6 +305,32 @@ def replacing(path):
             os.remove(temporary)  # what failed leaves nothing behind: on a full disk every byte counts
 
 
+def lock_folder(folder):
+    """Makes the folder and keeps other programs that ask from writing into it until the file descriptor that is
+    returned is closed, or this process ends, however it ends. Raises UserError that names the process there."""
+    import fcntl
+    os.makedirs(folder, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: {lock_holder(os.fstat(handle).st_ino)} is writing into it; wait for its end, or "
+                        "choose another folder") from None
+    except OSError:
+        pass  # a disk without locks
+    return handle
+
+
+def lock_holder(inode):
+    """Who has locked the file or folder of this number, for a message."""
+    with contextlib.suppress(OSError), open("/proc/locks") as locks:
+        for line in locks:
+            words = line.split()
+            if "->" not in words and words[5].endswith(f":{inode}"):
+                return f"process {words[4]}"
+    return "another process"
+
+
 def write_shard(path, tokens):
     """Writes `tokens` (1-D, ids below 65536) as one shard; the file appears only when complete. Raises OSError."""
     tokens = np.ascontiguousarray(tokens, dtype="<u2")
@@ -814,9 +840,9 @@ def build(config, context="spawn"):
                         unit_scale=True, initial=writer.num_tokens, mininterval=0.1 if sys.stderr.isatty() else 10)
         started = time.time()
         kept = "complete shards are kept, the same command continues"
+        lock = lock_folder(config.out)
         try:
             with bar:
-                os.makedirs(config.out, exist_ok=True)
                 num_bytes = write_shards(source, writer, config.workers, context, bar)
         except concurrent.futures.BrokenExecutor:
             raise UserError("a worker process died, perhaps for lack of memory; the same command continues, "
@@ -827,6 +853,8 @@ def build(config, context="spawn"):
         except KeyboardInterrupt:
             print(f"stopped: {len(shards)} {kept}", file=sys.stderr)
             raise
+        finally:
+            os.close(lock)
         remark = f", {num_bytes / 1e6 / (time.time() - started):.1f} MB/s"
     print(f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens, {len(shards)} shards{remark} "
           f"in {config.out}; next: python train_gpt2.py --data {shlex.quote(config.out)}")

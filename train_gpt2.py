@@ -1436,7 +1436,7 @@ class RunLog:
         if system.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.tensorboard = SummaryWriter(out_dir, purge_step=run.step + 1)
-        os.makedirs(out_dir, exist_ok=True)
+        run.world.lock = fineweb.lock_folder(out_dir)
         if run.step == 0 and self.path.exists():
             self.path.replace(f"{self.path}.old")
         with fineweb.replacing(self.path) as f:
@@ -1510,6 +1510,7 @@ class World:
     def __init__(self):
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.lock = None  # rank 0's on out_dir
         self.distributed = "RANK" in os.environ
         tasks = int(os.environ.get("SLURM_NTASKS", 1))
         if tasks > 1 and not self.distributed:
@@ -1797,6 +1798,8 @@ def train(argv):
     finally:
         gc.enable()
         gc.unfreeze()
+        if world.lock is not None:
+            os.close(world.lock)
     del run  # and DDP with it, which must not outlive the process group
     world.close()
 

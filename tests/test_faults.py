@@ -673,6 +673,20 @@ def test_the_best_checkpoint_is_kept(small_shards, tmp_path, monkeypatch):
     assert "at step 4" in out
 
 
+def test_two_runs_in_one_folder(small_shards, tmp_path):
+    """The second is refused, also with --resume, and the first goes on; a lock of a killed run does not stay."""
+    flags = [*LONG, "--data", small_shards, "--out_dir", tmp_path / "log"]
+    first = spawn("train_gpt2.py", *flags, "--max_steps", 10**6)
+    wait_for(lambda: steps_logged(tmp_path / "log") >= 6, first)
+    said = refused("train_gpt2.py", *flags, "--resume")
+    assert f"{tmp_path / 'log'}: process {first.pid} is writing into it" in said
+    before = steps_logged(tmp_path / "log")
+    wait_for(lambda: steps_logged(tmp_path / "log") > before + 3, first)
+    kill(first)
+    assert [line["step"] for line in log_lines(tmp_path / "log", "train")] == list(range(1, steps_logged(tmp_path / "log") + 1))
+    run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log", "--max_steps", steps_logged(tmp_path / "log") + 1)
+
+
 def test_tasks_of_slurm_that_do_not_know_each_other(small_shards, tmp_path):
     said = refused("train_gpt2.py", *SMALL, "--data", small_shards, "--out_dir", tmp_path / "log", env={"SLURM_NTASKS": "2"})
     assert "SLURM_NTASKS is 2" in said and "torchrun" in said and not (tmp_path / "log").exists()
