@@ -263,7 +263,7 @@ def scores_packed(model, packed, alone, device):
     A recurrent state or a convolution goes on from one ending into the next; some models take no such mask or no
     positions, and some mask in their own way as well. Raises UserError if the model is not causal."""
     def losses_of(row, changed_ids):
-        return score_rows(model, [row, (changed_ids, *row[1:])], device).view(2, -1)
+        return score_rows(model, [row, (changed_ids, *row[1:])], device).view(2, len(row[3]))
 
     ids = alone[0]
     expected, changed = losses_of(alone, torch.cat([ids[:-1], ids[:1]]))
@@ -272,7 +272,7 @@ def scores_packed(model, packed, alone, device):
     ids, _, segments, *_ = packed
     others = (segments > 0) & (segments < segments.max())
     try:
-        losses, changed = losses_of(packed, torch.where(others, ids.flip(0), ids))[:, -len(expected):]
+        losses, changed = losses_of(packed, torch.where(others, ids.flip(0), ids))[:, len(packed[3]) - len(expected):]
     except Exception:  # what it does not take: each model has its own error
         return False
     return torch.allclose(losses, changed, rtol=0, atol=1e-5) and torch.allclose(losses, expected, rtol=1e-3, atol=1e-3)
@@ -282,22 +282,23 @@ def make_items(model, examples, encode, style, device):
     """The examples as Items, packed if the model reads them so. A Transformers model is tried on the shortest, a
     middling and the longest one, in float32: rounding to bfloat16 hides what an ending sees of the others."""
     limits = (config_value(model, "block_size", name) for name in ("max_position_embeddings", "max_seq_len"))
-    block_size = next(filter(None, limits), 2048)
-    items = [make_item(example, encode, style, block_size, packed=True) for example in examples]
+    settings = encode, style, next(filter(None, limits), 2048)
+    items = [make_item(example, *settings, packed=True) for example in examples]
     if is_ours(model) or not items:
         return items
     by_length = sorted(items, key=Item.longest_row)
     dtypes = [tensor.dtype for tensor in (*model.parameters(), *model.buffers())]
     try:
         model.float()
-        for item in (by_length[0], by_length[len(items) // 2], by_length[-1]):
-            alone = make_item(item.example, encode, style, block_size, packed=False)
-            if not scores_packed(model, item.rows[-1], alone.rows[-1], device):
-                return [make_item(example, encode, style, block_size, packed=False) for example in examples]
-        return items
+        tried = by_length[0], by_length[len(items) // 2], by_length[-1]
+        alone = [make_item(item.example, *settings, packed=False) for item in tried]
+        packed = all(scores_packed(model, a.rows[-1], b.rows[-1], device) for a, b in zip(tried, alone))
+    except torch.OutOfMemoryError:  # of a GPU that holds the model in bfloat16 only
+        packed = False
     finally:
         for tensor, dtype in zip((*model.parameters(), *model.buffers()), dtypes):
             tensor.data = tensor.data.to(dtype)
+    return items if packed else [make_item(example, *settings, packed=False) for example in examples]
 
 
 @torch.no_grad()

@@ -115,6 +115,16 @@ def test_a_state_that_hardly_leaks_is_found():
             assert tensor.dtype == weights[name].dtype and torch.equal(tensor, weights[name])
 
 
+def test_a_last_ending_of_no_tokens():
+    example = {**EXAMPLES[1], "endings": ["a man", "runs", "home", "[title]"]}  # which the harness cleans away
+
+    def encode(text):
+        return ENCODE(text.strip())
+    with torch.no_grad():
+        items = hellaswag.make_items(build("OPTConfig"), [example], encode, "harness", torch.device("cpu"))
+    assert items[0].sizes[3] == 0 and len(items[0].rows) == 1
+
+
 @pytest.mark.parametrize("name", NOT_CAUSAL)
 def test_a_model_that_sees_what_it_predicts_is_refused(name, tmp_path):
     build(name).save_pretrained(tmp_path)
