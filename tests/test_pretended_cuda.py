@@ -1,0 +1,35 @@
+"""Devices, dtypes and memory on a pretended GPU; not numbers, which it does not have. pretended_cuda.py says how, and prints the
+figures when it is started alone. It runs in a process of its own, so that no other test takes the GPU for real."""
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler, c++, to build what it pretends with"),
+    pytest.mark.skipif(torch.version.cuda or torch.version.hip, reason="needs PyTorch's CPU build: this one looks for a real GPU"),
+]
+
+
+def figures(*commands):
+    done = subprocess.run([sys.executable, ROOT / "tests/pretended_cuda.py", *commands], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_mixture_in_every_dtype():
+    assert figures("mixtures")["mixtures"]["checked"] == 64 * 3
+
+
+def test_memory_head_and_muon():
+    found = figures("memory", "head", "muon")
+    assert found["memory"]["gpt2"]["peak_gib"] < 9  # B=16, T=1024: a card of 16 GB has room for it
+    for step in found["memory"].values():
+        assert step["largest_float32_of_all_logits"] < 0.5
+    assert found["head"]["triton_gb"] < 16 and found["head"]["chunk_gib"] < 1
+    assert found["muon"]["matrices"] == 60
