@@ -48,6 +48,8 @@ def parse_flags(config_class, argv, prog, description):
     program with exit code 2 and tyro's message if the command line is wrong; under torchrun rank 0 alone tells."""
     import tyro
     is_first = os.environ.get("RANK", "0") == "0"
+    home = os.path.expanduser("~")
+    argv = [re.sub(r"^(--[\w-]+=)?~/", rf"\g<1>{home}/", word) for word in argv]  # as --out=~/x, which no shell expands
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(sys.stderr if is_first else nowhere):
         return tyro.cli(config_class, args=argv, prog=prog, description=description, use_underscores=True,
                         console_outputs=is_first, config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone))
@@ -153,8 +155,28 @@ def gpt2_ranks():
     return data_gym_to_mergeable_bpe_ranks(*gpt2_files(), *GPT2_SHA256.values())
 
 
+LONGEST_RUN = 1 << 15  # characters
+
+
+def cut_long_runs(text):
+    """Yields the text in parts, cut only inside runs of white space, or of anything else, of over LONGEST_RUN
+    characters: tiktoken's time and memory for one of them grow with its square, up to a panic. At such a cut, and there
+    alone, tokens may differ from those of the whole."""
+    start = 0
+    for i in range(0, len(text), LONGEST_RUN):
+        block = text[i:i + LONGEST_RUN]
+        is_run = block.isspace() or not any(space in block for space in " \n\t\r") and len(block.split(None, 1)) == 1
+        if is_run and len(block) == LONGEST_RUN:
+            if i > start:
+                yield text[start:i]
+            yield block
+            start = i + LONGEST_RUN
+    if start < len(text) or not text:
+        yield text[start:]
+
+
 class GPT2Tokenizer:
-    """OpenAI's GPT-2 vocabulary of 50,257 tokens, in tiktoken."""
+    """OpenAI's GPT-2 vocabulary of 50,257 tokens, in tiktoken; see also `cut_long_runs`."""
     name = "gpt2"
     eot = 50256
     vocab_size = 50257
@@ -167,15 +189,16 @@ class GPT2Tokenizer:
             special_tokens={END_OF_TEXT: self.eot}, explicit_n_vocab=self.vocab_size)
 
     def encode(self, text):
-        return self.encoding.encode_ordinary(text)
+        return list(itertools.chain.from_iterable(map(self.encoding.encode_ordinary, cut_long_runs(text))))
 
     def encode_array(self, text):
         """encode's ids as a uint16 array, a quarter sooner: a list of a million integers takes its time."""
+        parts = cut_long_runs(text)
         try:
-            ids = self.encoding.encode_to_numpy(text, disallowed_special=())
+            arrays = [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
         except UnicodeEncodeError:
-            ids = self.encoding.encode_to_numpy(without_lone_surrogates(text), disallowed_special=())
-        return ids.astype("<u2")
+            return self.encode_array(without_lone_surrogates(text))
+        return np.concatenate(arrays).astype("<u2")
 
     def decode(self, ids):
         return self.encoding.decode(ids, errors="replace")
@@ -380,6 +403,7 @@ def read_manifest(folder):
 
 DEFAULT_OUT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "edu_fineweb10B")
 CHARS_PER_PIECE = 1 << 18  # a longer document is tokenized in pieces, so that one huge text file uses every core
+LONGEST_PIECE = 1 << 20
 BYTES_PER_TOKEN = 4.5  # of English text in GPT-2's vocabulary; for estimates before the first token is there
 Place = collections.namedtuple("Place", "file row char")  # where in a source a text begins, all counted from 0
 
@@ -407,10 +431,20 @@ class Config:
                 raise UserError(f"--{name}: {value} is too small; it must be at least 1")
 
 
+def last_boundary(text):
+    """Where the last space or newline stands that follows a non-space; 0 if there is none."""
+    for start in (max(0, len(text) - 4096), 0):  # it is nearly always near the end
+        places = [match.start() for match in re.finditer(r"(?<=\S)[ \n]", text[start:])]
+        if places:
+            return start + places[-1]
+    return 0
+
+
 def cut_document(document, source, row, field):
     """Yields (start, text) for a document, a string or a text stream, in pieces of about CHARS_PER_PIECE characters; at
     least one. A cut stands before a space or newline that follows a non-space: no match of GPT-2's pattern reaches
-    across, and neither side's matches depend on the other, so the tokens are those of the uncut text."""
+    across, and neither side's matches depend on the other, so the tokens are those of the uncut text. Where there is no
+    such place in LONGEST_PIECE characters, the cut is anywhere."""
     if isinstance(document, str):
         document = io.StringIO(document, newline="")
     if not isinstance(document, io.TextIOBase):
@@ -419,9 +453,9 @@ def cut_document(document, source, row, field):
     start = 0
     text = document.read(CHARS_PER_PIECE)
     while following := document.read(CHARS_PER_PIECE):
-        cut = max(text.rfind(" "), text.rfind("\n"))
-        while cut > 0 and text[cut - 1].isspace():
-            cut = max(text.rfind(" ", 0, cut), text.rfind("\n", 0, cut))
+        cut = last_boundary(text)
+        if cut == 0 and len(text) >= LONGEST_PIECE:
+            cut = len(text)
         if cut > 0:
             yield start, text[:cut]
             start += cut
@@ -435,17 +469,42 @@ def no_field(source, row, field, fields):
     return UserError(f"{source}: row {row + 1}: no field {field!r}, only {shown}; name the right one with --text_field")
 
 
+def is_known(path):
+    return re.search(r"\.parquet$|\.(txt|jsonl|csv)(\.gz|\.zst)?$", path.lower()) is not None
+
+
+def expand(pattern):
+    """Yields the paths that match, as glob does, but visits a folder once, however many links lead to it."""
+    base, has_stars, rest = pattern.partition("**")
+    if not has_stars:
+        yield from glob.iglob(pattern)
+        return
+    seen = set()
+    for top in glob.iglob(base or "."):
+        for folder, names, _ in os.walk(top, followlinks=True):
+            seen.add(os.path.realpath(folder))
+            links = [name for name in names if os.path.realpath(os.path.join(folder, name)) in seen or name[0] == "."]
+            names[:] = sorted(set(names) - set(links))
+            inside = glob.escape(folder) if base else os.path.relpath(folder)
+            yield from expand(os.path.join(inside, rest.lstrip("/") or "*"))
+
+
 class LocalFiles:
     """The documents of local files, in the sorted order of their paths."""
 
     def __init__(self, config):
         self.description = f"local files {' '.join(config.files)}"
-        found = {path for pattern in config.files for path in glob.glob(pattern, recursive=True)}
-        self.paths = sorted(filter(os.path.isfile, found))
+        found = set()
+        for pattern in config.files:
+            if os.path.isdir(pattern):
+                found.update(filter(is_known, expand(os.path.join(glob.escape(pattern), "**", "*"))))
+            found.update(expand(pattern))
+        files = {os.path.realpath(path): path for path in sorted(found, reverse=True) if os.path.isfile(path)}
+        self.paths = sorted(files.values())  # one path of each file
         if not self.paths:
             raise UserError(f"{self.description}: no such file")
         for path in self.paths:
-            if not re.search(r"\.parquet$|\.(txt|jsonl|csv)(\.gz|\.zst)?$", path.lower()):
+            if not is_known(path):
                 raise UserError(f"{path}: unknown kind of file, not .parquet, .txt, .jsonl or .csv (also .gz, .zst)")
         self.sizes = [os.path.getsize(path) for path in self.paths]
         self.field = config.text_field
@@ -502,7 +561,7 @@ class LocalFiles:
                     continue
                 try:
                     record = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:  # the latter: too many brackets in one another
                     raise UserError(f"{path}: row {row + 1}: not JSON: {error}") from None
                 fields = record if isinstance(record, dict) else {}
                 if self.field not in fields:
@@ -759,11 +818,25 @@ def validation_size(tokens):
     return int(starts[np.argmin(abs(starts - tenth))])
 
 
+def own_manifest(folder):
+    """The folder's manifest, None without one. Raises UserError where another program wrote it."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    shards = manifest.get("shards")
+    is_ours = isinstance(shards, list) and {"settings", "vocab_size", "tokens", "complete"} <= manifest.keys()
+    for shard in shards if is_ours else []:
+        is_ours &= isinstance(shard, dict) and {"name", "tokens", "sha256", "end"} <= shard.keys()
+    if not is_ours or not isinstance(manifest["settings"], dict):
+        raise UserError(f"{folder}/manifest.json: not one of fineweb.py's; move it away, or choose another folder")
+    return manifest
+
+
 def open_folder(folder, settings, description):
     """The manifest to continue in a folder, or a new one. A shard that is gone is made again, and all after it. Refuses
     to continue what was made with other settings."""
-    manifest = read_manifest(folder)
-    if not manifest or not manifest.get("shards"):
+    manifest = own_manifest(folder)
+    if not manifest or not manifest["shards"]:
         if manifest is None and (list_shards(folder, "train") or list_shards(folder, "val")):
             raise UserError(f"{folder}: shards without a manifest.json, of another program; choose another --out")
         return {"tokenizer": "gpt2", "vocab_size": GPT2Tokenizer.vocab_size, "dataset": description,
@@ -836,11 +909,11 @@ def build(config, context="spawn"):
         if expected:
             expected = min(expected, writer.max_tokens)
             check_disk(config.out, max(0, expected - writer.num_tokens))
+        lock = lock_folder(config.out)
         bar = tqdm.tqdm(desc=f"continuing after {len(shards)} shards" if shards else None, total=expected, unit="tok",
                         unit_scale=True, initial=writer.num_tokens, mininterval=0.1 if sys.stderr.isatty() else 10)
         started = time.time()
         kept = "complete shards are kept, the same command continues"
-        lock = lock_folder(config.out)
         try:
             with bar:
                 num_bytes = write_shards(source, writer, config.workers, context, bar)
@@ -863,8 +936,8 @@ def build(config, context="spawn"):
 
 def verify(folder):
     """Checks every shard of a folder against its manifest. Raises UserError that names the first that is wrong."""
-    manifest = read_manifest(folder)
-    if manifest is None or not isinstance(manifest.get("shards"), list):
+    manifest = own_manifest(folder)
+    if manifest is None:
         raise UserError(f"{folder}: no manifest.json with a list of shards, so there is nothing to verify against")
     remedy = "delete it and run the same fineweb.py command again"
     for i, shard in enumerate(manifest["shards"]):

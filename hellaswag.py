@@ -461,7 +461,9 @@ def main(argv):
     model, encode = open_model(flags.model, flags.style)
     width = config_value(model, "n_embd", "hidden_size") or 768
     dtype, _ = pick_dtype(flags.dtype, torch.device(device).type, (256, width, 4 * width))
-    model = model.to(device, dtype)
+    model = model.to(device)
+    for p in model.parameters():  # not the rotary tables, which need float32
+        p.data = p.data.to(dtype)
     started = time.perf_counter()
     result = evaluate(model, examples, encode, flags.style, device, progress=True)
     speed = round(len(examples) / (time.perf_counter() - started), 2)

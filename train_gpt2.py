@@ -676,8 +676,9 @@ def shard_tokenizer(folder):
     return (fineweb.read_manifest(folder) or {}).get("tokenizer", "gpt2")
 
 
-def open_data(path, tokenizer, block_size):
-    """The training and the validation corpus of a folder of shards or a text file. Raises UserError."""
+def open_data(path, tokenizer, config):
+    """The training and the validation corpus of a folder of shards or a text file, for a model of this GPTConfig.
+    Raises UserError."""
     if os.path.isdir(path):
         name = shard_tokenizer(path)
         if name != tokenizer.name:
@@ -695,7 +696,8 @@ def open_data(path, tokenizer, block_size):
         tokens = np.array(tokenizer.encode(text), dtype=np.uint32)
         cut = len(tokens) * 9 // 10
         splits = {"train": [tokens[:cut]], "val": [tokens[cut:]]}
-    return [Corpus(shards, block_size, tokenizer.vocab_size, f"{path} ({split})") for split, shards in splits.items()]
+    vocab_size = min(tokenizer.vocab_size, config.vocab_size)  # a tokenizer may have ids that its model has not
+    return [Corpus(shards, config.block_size, vocab_size, f"{path} ({split})") for split, shards in splits.items()]
 
 # -----------------------------------------------------------------------------
 # optimizer and schedule
@@ -803,7 +805,7 @@ class Run:
         self.is_warm = False  # after the first step, which compiles
         if model.config.window:  # cuDNN's masked backward pass has given NaNs on Hopper (pytorch issue 196678)
             torch.backends.cuda.enable_cudnn_sdp(False)
-        self.train_data, self.val_data = open_data(setup.data, tokenizer, model.config.block_size)
+        self.train_data, self.val_data = open_data(setup.data, tokenizer, model.config)
         self.batch_size, self.micro_steps = split_batch(self, state.get("batch_size"))
         self.ddp = model_to_train(self, notes)
         self.optimizers = make_optimizers(model, recipe, world.device_type)
@@ -1227,6 +1229,9 @@ def log_end(run):
 def stream_text(model, tokenizer, flags, generator):
     """Yields what the model writes after flags.prompt, piece by piece, up to end-of-text. flags: SampleFlags."""
     ids = tokenizer.encode(flags.prompt) or [tokenizer.eot]
+    if max(ids) >= model.config.vocab_size:
+        raise UserError(f"the prompt has token {max(ids)}, the model a vocabulary of {model.config.vocab_size}: give it "
+                        "the tokenizer that it was trained with")
     prompt = torch.tensor([ids], device=generator.device)
     shown = tokenizer.decode(ids)  # some decoders drop a text's first space: what is new is found by decoding all
     for token in model.stream(prompt, flags.max_new_tokens, flags.temperature, flags.top_k, generator):
@@ -1867,7 +1872,7 @@ def evaluate(argv):
     config = load_state(folder, mmap=True)[1] if is_checkpoint else TrainConfig()
     data = find_data(flags.data or config.setup.data)
     tokens = flags.eval_tokens or config.evaluation.eval_tokens
-    corpus = open_data(data, tokenizer, model.config.block_size)[1]
+    corpus = open_data(data, tokenizer, model.config)[1]
     model.to(world.device)
     batch_size = max(1, 8192 // model.config.block_size)
     loss, bpb = validate(model, corpus, tokens, batch_size, world, dtype, tokenizer.token_bytes())

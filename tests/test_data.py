@@ -12,7 +12,7 @@ import torch
 
 import fineweb
 from fineweb import UserError
-from train_gpt2 import Corpus, open_data, training_batches
+from train_gpt2 import Corpus, GPTConfig, open_data, training_batches
 
 
 def world(rank=0, size=1):
@@ -106,7 +106,7 @@ def test_a_trillion_tokens(tmp_path, monkeypatch):
             f.truncate(128 + 200_000_000)
     tracemalloc.start()  # the process's own peak may lie in an earlier test
     start = time.process_time()  # of this process alone, whatever else the machine does
-    train, val = open_data(str(tmp_path), SimpleNamespace(name="gpt2", vocab_size=50257), 1024)
+    train, val = open_data(str(tmp_path), SimpleNamespace(name="gpt2", vocab_size=50257), GPTConfig())
     first_window = 2 * train.num_windows + 123_456_789
     batches = training_batches(train, first_window, 16, world(1023, 1024), 1337)
     x, y = next(batches)
@@ -124,7 +124,7 @@ def test_a_trillion_tokens(tmp_path, monkeypatch):
 def test_text_is_split_nine_to_one(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("ü" * 500, encoding="utf-8")
-    train, val = open_data(str(path), fineweb.get_tokenizer("byte"), 10)
+    train, val = open_data(str(path), fineweb.get_tokenizer("byte"), GPTConfig(block_size=10))
     assert len(train.shards[0]) == 900 and len(val.shards[0]) == 100 and train.shards[0][:2].tolist() == [0xC3, 0xBC]
 
 
@@ -137,7 +137,7 @@ def test_bad_shards_are_named(gpt2_shards, tmp_path):
         path = folder / "edufineweb_train_000001.npy"
         change(path)
         with pytest.raises(UserError) as error:
-            data = open_data(str(folder), tokenizer, 32)[0]
+            data = open_data(str(folder), tokenizer, GPTConfig(block_size=32))[0]
             next(training_batches(data, 0, data.num_windows, world(), 1))
         assert path.name in str(error.value) and "\n" not in str(error.value)
         return str(error.value)

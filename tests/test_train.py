@@ -94,7 +94,7 @@ def test_losses_do_not_depend_on_the_split(batch_size, reference, small_shards, 
 
 def test_validation_is_the_mean_over_a_fixed_set_of_tokens(small_shards):
     """Against a loop over the windows one by one."""
-    corpus = train_gpt2.open_data(str(small_shards), fineweb.get_tokenizer("byte"), 32)[1]
+    corpus = train_gpt2.open_data(str(small_shards), fineweb.get_tokenizer("byte"), GPTConfig(block_size=32))[1]
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=32, vocab_size=257))
     tokens = fineweb.read_shard(fineweb.list_shards(small_shards, "val")[0]).astype("int64")
     world = train_gpt2.World()
@@ -277,7 +277,7 @@ def test_a_step_equals_the_same_step_written_out(small_shards, tmp_path):
         "--out_dir", tmp_path / "log", "--checkpoint_every", 1, "--min_lr", 1e-3, "--keep_checkpoints", 0)
     torch.manual_seed(1337)
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=257))
-    corpus = train_gpt2.open_data(str(small_shards), fineweb.get_tokenizer("byte"), 32)[0]
+    corpus = train_gpt2.open_data(str(small_shards), fineweb.get_tokenizer("byte"), GPTConfig(block_size=32))[0]
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()]
     for step in (1, 2):
         batch = corpus.read_windows([corpus.locate(i, 1337) for i in range((step - 1) * 16, step * 16)])
@@ -408,6 +408,14 @@ def test_a_padded_clone_of_gpt2_has_gpt2s_tokenizer(tmp_path):
     AutoTokenizer.from_pretrained(tmp_path / "fast").save_pretrained(tmp_path / "model")
     model, tokenizer = train_gpt2.open_model(tmp_path / "model")
     assert tokenizer.name == "gpt2" and model.config.vocab_size == 50304
+
+
+def test_a_tokenizer_with_more_ids_than_the_model(tmp_path, text_file):
+    GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=100)).save_pretrained(tmp_path / "m", fineweb.get_tokenizer("byte"))
+    for command in (["eval", "--checkpoint", tmp_path / "m", "--data", text_file], ["sample", "--checkpoint", tmp_path / "m", "--prompt", "xyz"],
+                    ["--quiet", "--no_compile", "--device", "cpu", "--init_from", tmp_path / "m", "--data", text_file, "--out_dir", tmp_path / "log"]):
+        said = refused("train_gpt2.py", *command)
+        assert "vocabulary of 100" in said and "token 1" in said
 
 
 def test_eval_refuses_shards_of_another_tokenizer(gpt2_shards, tmp_path):
