@@ -334,13 +334,18 @@ def lock_folder(folder):
     import fcntl
     os.makedirs(folder, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder}: {lock_holder(os.fstat(handle).st_ino)} is writing into it; wait for its end, or "
-                        "choose another folder") from None
-    except OSError:
-        pass  # a disk without locks
+    for tries_left in reversed(range(20)):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if not tries_left:
+                holder = lock_holder(os.fstat(handle).st_ino)
+                message = f"{folder}: {holder} is writing into it; wait for its end, or choose another folder"
+                raise UserError(message) from None
+            time.sleep(0.05)  # the workers of a killed process are perhaps just ending
+        except OSError:
+            break  # a disk without locks
     return handle
 
 

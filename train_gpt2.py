@@ -1230,8 +1230,8 @@ def stream_text(model, tokenizer, flags, generator):
     """Yields what the model writes after flags.prompt, piece by piece, up to end-of-text. flags: SampleFlags."""
     ids = tokenizer.encode(flags.prompt) or [tokenizer.eot]
     if max(ids) >= model.config.vocab_size:
-        raise UserError(f"the prompt has token {max(ids)}, the model a vocabulary of {model.config.vocab_size}: give it "
-                        "the tokenizer that it was trained with")
+        raise UserError(f"the prompt has token {max(ids)}, the model a vocabulary of {model.config.vocab_size}: give "
+                        "it the tokenizer that it was trained with")
     prompt = torch.tensor([ids], device=generator.device)
     shown = tokenizer.decode(ids)  # some decoders drop a text's first space: what is new is found by decoding all
     for token in model.stream(prompt, flags.max_new_tokens, flags.temperature, flags.top_k, generator):
@@ -1519,8 +1519,8 @@ class World:
         self.distributed = "RANK" in os.environ
         tasks = int(os.environ.get("SLURM_NTASKS", 1))
         if tasks > 1 and not self.distributed:
-            raise UserError(f"SLURM_NTASKS is {tasks}, but tasks of Slurm do not know each other: start one a node, each "
-                            "of them torchrun --nnodes … --nproc_per_node …; for a single process set SLURM_NTASKS=1")
+            raise UserError(f"SLURM_NTASKS is {tasks}, but tasks of Slurm do not know each other: start one a node, "
+                            "each a torchrun --nnodes … --nproc_per_node …; for one process set SLURM_NTASKS=1")
         if self.distributed:  # numbers and objects go over gloo, gradients over NCCL
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
