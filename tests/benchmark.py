@@ -12,6 +12,10 @@ $ python tests/benchmark.py architecture                        # the modern par
 $ python tests/benchmark.py hellaswag                           # hellaswag.py
 $ python tests/benchmark.py recipe                              # loss against tokens; picture: assets/recipe.png
 $ python tests/benchmark.py ablation                            # the modern parts one by one, on little data and on much
+$ python tests/benchmark.py gpu                                 # what one GPU makes of all this; not in `all`. In pieces (--piece) of
+                                                                # under 10 minutes: 1 attention and tests/test_cuda.py, 2 a step of
+                                                                # gpt2, 3 of modern, 4 the ladder in 16 GB, 5 two runs on the
+                                                                # machine's own text, 6 memory, resuming and T=8192
 
 Tables are Markdown; --json FILE keeps the rows too. Each row runs in a process of its own, so that its peak memory is
 its own. Timings are medians over steps; on a machine that others share, compare within one run only.
@@ -31,8 +35,11 @@ import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
+import traceback
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -56,6 +63,14 @@ def isolated(function, **arguments):
     where it ran out of memory."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measured, function, arguments).result()
+
+
+def attempted(function, **arguments):
+    """The same, and None where it fails otherwise, so that the other rows are still measured."""
+    try:
+        return isolated(function, **arguments)
+    except Exception as error:  # not in this torch, not to be compiled, ...
+        print(f"{function.__name__} {arguments}: {fineweb.one_line(error)}", file=sys.stderr)
 
 
 def measured(function, arguments):
@@ -175,27 +190,34 @@ def checkpointed_loss(x, weight, targets, vocab_size, chunks, need_grad):
                for xc, tc in zip(x.chunk(chunks), targets.chunk(chunks)))
 
 
-def training_speed(device, batch_size, accumulation=1, steps=3, dtype="float32", tf32=True, compiled=False, attention="sdpa",
-                   padded=True, optimizer="fused", head="chunked", recompute=True, shape=GPT2):
-    """Steps of GPT-2 on random tokens, with parts exchanged for those of older scripts."""
+def training_step(device, batch_size, accumulation=1, dtype="float32", tf32=True, compiled=False, attention="sdpa", padded=True,
+                  optimizer="fused", head="chunked", recompute=True, bf16_stream=False, tuned=False, shape=GPT2):
+    """A model and its training step on random tokens, with parts exchanged for those of older scripts. optimizer: fused, loop,
+    muon, or muon one by one."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if attention == "materialised":
         train_gpt2.full_attention = materialised_attention
+    torch.backends.cuda.enable_cudnn_sdp(attention != "without cuDNN" and not shape.get("window"))
     if not padded:
         GPTConfig.padded_vocab_size = property(lambda config: config.vocab_size)
+    if optimizer == "muon one by one":
+        train_gpt2.BatchedMuon = torch.optim.Muon
     torch.manual_seed(0)
     model = GPT(GPTConfig(**shape)).to(device)
-    if head == "plain":
-        model.loss_sum = plain_loss
+    if bf16_stream:
+        model.drop.register_forward_hook(to_compute_dtype)
     if compiled:
-        model.compile_blocks()
-        torch._functorch.config.ban_recompute_materialized_backward = not recompute
-    optimizers = make_optimizers(model, RecipeFlags(), device.split(":")[0])
+        from torch._inductor import config as inductor
+        inductor.coordinate_descent_tuning = tuned
+        model.compile_blocks(recompute)
+    if head == "plain":
+        model.loss_sum = torch.compile(plain_loss, dynamic=False) if compiled else plain_loss
+    recipe = RecipeFlags(optimizer="muon" if optimizer.startswith("muon") else "adamw")
+    optimizers = make_optimizers(model, recipe, device.split(":")[0])
     if optimizer == "loop":
         groups = [{key: group[key] for key in ("params", "weight_decay")} for o in optimizers for group in o.param_groups]
         optimizers = [torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), foreach=False, fused=False)]
-    T = shape["block_size"]
-    batches = torch.randint(0, 50257, (accumulation, 2, batch_size, T), device=device)
+    batches = torch.randint(0, 50257, (accumulation, 2, batch_size, shape["block_size"]), device=device)
 
     def step():
         for x, y in batches:
@@ -206,13 +228,23 @@ def training_speed(device, batch_size, accumulation=1, steps=3, dtype="float32",
         for o in optimizers:
             o.step()
             o.zero_grad(set_to_none=True)
+    return model, step
 
+
+def to_compute_dtype(module, args, output):
+    """A hook after the embedding: the residual stream stays in the dtype that it begins with."""
+    return output.to(train_gpt2.compute_dtype(output))
+
+
+def training_speed(device, batch_size, accumulation=1, steps=3, **parts):
+    """parts: see training_step."""
+    model, step = training_step(device, batch_size, accumulation, **parts)
     synchronize(device)
     started = time.perf_counter()
     step()
     first = time.perf_counter() - started
     seconds = seconds_of(step, device, steps, warm=False)
-    tokens = accumulation * batch_size * T
+    tokens = accumulation * batch_size * model.config.block_size
     flops = train_gpt2.peak_flops(device.split(":")[0])
     return {"tokens_per_second": tokens / seconds, "ms": 1000 * seconds, "start_s": first - seconds,
             "mfu": tokens / seconds * train_gpt2.flops_per_token(model) / flops if flops else None}
@@ -264,12 +296,17 @@ def head_speed(device, dtype, batch_size, head, compiled):
     x = torch.randn(N, 768, device=device, requires_grad=True)
     weight = (torch.randn(50304, 768, device=device) * 0.02).requires_grad_()
     targets = torch.randint(0, V, (N,), device=device)
-    function = {"plain": plain_loss, "checkpointed chunks": checkpointed_loss, "gradient in the forward pass": train_gpt2.ChunkedCrossEntropy.apply,
-                "F.linear_cross_entropy": getattr(F, "linear_cross_entropy", None)}[head]
-    if head == "F.linear_cross_entropy":
+    if head == "gradient in the forward pass":
+        model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8))
+        if compiled:
+            model.compile_blocks()  # the loss too
+        function = model.loss_sum
+    elif head == "F.linear_cross_entropy":
         def function(x, weight, targets, vocab_size, chunks, need_grad):
             return F.linear_cross_entropy(x, weight[:vocab_size].to(x.dtype), targets, reduction="sum")
-    if compiled:
+    else:
+        function = {"plain": plain_loss, "checkpointed chunks": checkpointed_loss}[head]
+    if compiled and head != "gradient in the forward pass":
         function = torch.compile(function, dynamic=False)
 
     def step():
@@ -284,11 +321,7 @@ def heads(args):
     rows = []
     for head in ("plain", "checkpointed chunks", "gradient in the forward pass", "F.linear_cross_entropy"):
         for compiled in (False, True):
-            try:
-                row = isolated(head_speed, device=args.device, dtype=args.dtype, batch_size=args.batch_size, head=head, compiled=compiled)
-            except Exception as error:  # not in this torch, or not to be compiled
-                print(f"{head}, compiled={compiled}: {str(error)[:200]}", file=sys.stderr)
-                continue
+            row = attempted(head_speed, device=args.device, dtype=args.dtype, batch_size=args.batch_size, head=head, compiled=compiled)
             rows.append({"head": head, "compiled": "yes" if compiled else "no", **(row or {"ms": None, "peak_gb": None})})
     return [table(f"The head's forward and backward pass, {args.batch_size * 1024:,} tokens, 50,304 columns, {args.dtype}, {chip(args.device)}", rows)]
 
@@ -781,10 +814,259 @@ def spread(values):
     return f"{statistics.mean(values):.4f} ± {(max(values) - min(values)) / 2:.4f}"
 
 # -----------------------------------------------------------------------------
+# a GPU at hand: what a CPU cannot show, in pieces of less than ten minutes
+
+MODERN_GPT2 = GPT2 | dict(rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False)
+TEXT_FOLDERS = (ROOT, sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"], "/usr/share/doc", "/usr/include")
+RUN = dict(quiet=True, sample_every=0, checkpoint_every=0, hellaswag_every=0)  # flags of a run that is only timed
+
+
+def attention_rows(device, dtype, batch_size, T, lengths, windows):
+    """{"speeds": rows, "errors": rows}: what attention takes with and without cuDNN, and how far off its gradients are."""
+    speeds, errors, dtype = [], [], getattr(torch, dtype)
+    q, k, v = (torch.randn(batch_size, 12, T, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    ones = torch.ones_like(q)
+
+    def forward():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def both():
+        forward().backward(ones)
+
+    for cudnn in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        new = [seconds_of_cached_token(device, dtype, length) for length in lengths]
+        speeds.append({"cuDNN": "allowed" if cudnn else "off", "forward, ms": 1000 * seconds_of(forward, device),
+                       "with backward, ms": 1000 * seconds_of(both, device), "a new length of the cache, ms": 1000 * statistics.median(new)})
+        for window in windows:
+            for low in (False, True):
+                worst = max(window_errors(device, dtype, window, low), key=lambda error: math.inf if math.isnan(error) else error)
+                errors.append({"cuDNN": "allowed" if cudnn else "off", "window": window, "logits": "low" if low else "usual",
+                               "relative error of the gradients": f"{worst:.1e}"})
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    return {"speeds": speeds, "errors": errors}
+
+
+def seconds_of_cached_token(device, dtype, length):
+    """The first time that one query meets so many keys."""
+    q, k = (torch.randn(1, 12, n, 64, device=device, dtype=dtype) for n in (1, length))
+    return seconds_of(partial(F.scaled_dot_product_attention, q, k, k), device, 1, warm=False)
+
+
+def window_errors(device, dtype, window, low):
+    """Of dq, dk and dv against float64, for a block of WindowAttention. low: every row's log-sum-exp is below -88, where exp in
+    float32 is 0."""
+    torch.manual_seed(0)
+    scale = 0.1 if low else 1.0
+    q, k = (torch.randn(4, 2, n, 64, device=device, dtype=dtype) * scale for n in (window, 2 * window))
+    v = torch.randn_like(k)
+    if low:
+        q[..., 0], k[..., 0] = 1.0, -120 * math.sqrt(64)
+    mask = train_gpt2.WindowAttention(window).mask.to(device)
+    grads = []
+    for dtype in (dtype, torch.float64):
+        inputs = [tensor.to(dtype).detach().requires_grad_() for tensor in (q, k, v)]
+        F.scaled_dot_product_attention(*inputs, attn_mask=mask.to(dtype)).square().sum().backward()
+        grads.append([tensor.grad.double() for tensor in inputs])
+    return [((a - b).norm() / b.norm()).item() for a, b in zip(*grads)]
+
+
+def profile(device, steps=3, **parts):
+    """{"row": a step's times, "kernels": rows of the longest}."""
+    from torch.profiler import ProfilerActivity
+    _, step = training_step(device, **parts)
+    for _ in range(3):
+        step()
+    synchronize(device)
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        started = time.perf_counter()
+        for _ in range(steps):
+            step()
+        synchronize(device)
+        wall = 1000 * (time.perf_counter() - started) / steps
+    events = trace.key_averages()
+    on_gpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in on_gpu if not event.is_user_annotation]
+    optimizer = sum(event.device_time_total for event in events if event not in on_gpu and event.key.startswith("Optimizer.step")) / 1000 / steps
+    kernels.sort(key=device_time, reverse=True)
+    busy = sum(map(device_time, kernels)) / 1000 / steps
+    return {"row": {"step, ms": wall, "kernels, ms": busy, "idle": f"{1 - busy / wall:.1%}", "optimizer, ms": optimizer,
+                    "launches": sum(kernel.count for kernel in kernels) / steps},
+            "kernels": [{"kernel": kernel.key[:100].replace("|", " "), "ms": device_time(kernel) / 1000 / steps, "times": kernel.count / steps}
+                        for kernel in kernels[:25]]}
+
+
+def device_time(event):
+    return event.self_device_time_total
+
+
+def step_tables(args, name, cases, **common):
+    """A profile of the script's own step, then the speed of each of the cases, {name: parts}. The batch is the largest that fits."""
+    common |= dict(device=args.device, dtype=args.dtype, compiled=args.compiled)
+    batch, rows = args.gpu_batch, []
+    while not (first := isolated(training_speed, batch_size=batch, steps=args.steps, **common)):
+        batch //= 2
+    for case, parts in cases.items():
+        row = attempted(training_speed, batch_size=batch, steps=args.steps, **common | parts) if parts else first
+        rows.append({"step": case, "batch": batch, **(row or dict.fromkeys(first))})
+    seen = isolated(profile, batch_size=batch, **common)
+    return [table(f"A step of {name}, {args.dtype}, {chip(args.device)}", rows), table(f"Where a step of {name} goes", [seen["row"]]),
+            *([table(f"The longest kernels of {name}", seen["kernels"])] if seen["kernels"] else [])]
+
+
+def run_figures(bf16_stream=False, **flags):
+    """A run of train_gpt2.py and what its log says."""
+    found, model_to_train = {}, train_gpt2.model_to_train
+
+    def noting(run, notes):
+        found["batch"] = run.batch_size
+        if bf16_stream:
+            run.model.drop.register_forward_hook(to_compute_dtype)
+        return model_to_train(run, notes)
+
+    with mock.patch.object(train_gpt2, "model_to_train", noting):
+        lines = train(**RUN | flags)
+    steps = [line for line in lines if line["kind"] == "train"]
+    timed = steps[min(3, len(steps) - 1):]
+    vals, scores = ([line for line in lines if line["kind"] == kind] for kind in ("val", "hellaswag"))
+    return {**found, "steps": len(steps), "skipped": sum("skipped" in line for line in steps),
+            "tokens_per_second": statistics.median(line["tokens_per_second"] for line in timed),
+            "mfu": statistics.median(line["mfu"] or 0 for line in timed) or None, "first loss": steps[0]["loss"],
+            "last losses": statistics.mean(line["loss"] for line in steps[-5:]), "val loss": vals[-1]["loss"] if vals else None,
+            "HellaSwag acc_norm": scores[-1]["acc_norm"] if scores else None}
+
+
+def machine_text(folder, limit, examples):
+    """Writes the sources and documents that this machine holds, up to so many characters, as jsonl, and HellaSwag-like examples."""
+    found = (path for top in TEXT_FOLDERS for path in Path(top).rglob("*.*"))
+    paths = sorted({path for path in found if path.suffix in (".py", ".md", ".rst", ".txt", ".h", ".pyi") and path.is_file()})
+    random.Random(0).shuffle(paths)
+    size, seen = 0, set()
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(Path(folder, f"{i:02d}.jsonl"), "w")) for i in range(8)]
+        for path in paths:
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue
+            if 200 < len(text) < 400_000 and hash(text) not in seen and size < limit:
+                files[len(seen) % 8].write(json.dumps({"text": text}) + "\n")
+                seen.add(hash(text))
+                size += len(text)
+    with open(Path(folder, "hellaswag.json"), "w") as f:
+        for example in realistic_examples(examples, fineweb.get_tokenizer("gpt2").encode):
+            f.write(json.dumps(example) + "\n")
+
+
+@contextlib.contextmanager
+def machine_shards(args):
+    """A folder with machine_text, and its shards in shards/."""
+    with tempfile.TemporaryDirectory() as folder:
+        machine_text(folder, args.characters, args.examples)
+        subprocess.run([sys.executable, ROOT / "fineweb.py", "--files", f"{folder}/*.jsonl", "--out", f"{folder}/shards",
+                        "--shard_size", str(max(20000, args.characters // 25))], check=True, stdout=sys.stderr)
+        yield Path(folder)
+
+
+def gpu_attention(args):
+    found = isolated(attention_rows, device=args.device, dtype=args.dtype, batch_size=args.gpu_batch, T=args.shape["block_size"],
+                     lengths=args.lengths, windows=args.windows)
+    title = f"Causal attention, {args.dtype}, {chip(args.device)}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
+    tables = [table(title, found["speeds"]),
+              table("Attention in windows, against float64 (trouble: nan; with usual logits also over 3e-2)", found["errors"])]
+    command = [sys.executable, "-m", "pytest", "-q", "-rf", str(ROOT / "tests/test_cuda.py")]
+    tests = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=480)
+    print(tests.stdout[-6000:], file=sys.stderr)
+    return tables + [table("tests/test_cuda.py", [{"says": tests.stdout.strip().splitlines()[-1]}])]
+
+
+def gpu_gpt2(args):
+    cases = {"this script": {}, "norms and GELUs kept": dict(recompute=False), "all logits at once": dict(head="plain"),
+             "without cuDNN's attention": dict(attention="without cuDNN"), f"residual stream in {args.dtype}": dict(bf16_stream=True)}
+    return step_tables(args, "gpt2", cases, shape=args.shape)
+
+
+def gpu_modern(args):
+    cases = {"this script": {}, "Muon, one matrix after the other": dict(optimizer="muon one by one"),
+             "kernels tuned by coordinate descent": dict(tuned=True), f"residual stream in {args.dtype}": dict(bf16_stream=True)}
+    tables = step_tables(args, "modern", cases, shape=args.modern_shape, optimizer="muon")
+    return tables + limit(argparse.Namespace(**vars(args) | {"batch_size": args.gpu_batch}))
+
+
+def gpu_ladder(args):
+    return ladder(argparse.Namespace(**vars(args) | {"memory_limit_gb": args.memory_limit_gb or 16, "steps": min(6, args.steps)}))
+
+
+def gpu_learning(args):
+    """Both presets on the machine's own text: the losses, HellaSwag's code, skipped steps."""
+    rows = []
+    with machine_shards(args) as folder:
+        for preset in ("gpt2", "modern"):
+            row = isolated(run_figures, device=args.device, preset=preset, data=folder / "shards", out_dir=folder / preset,
+                           bf16_stream=args.bf16_stream, eval_every=args.run_steps // 2, hellaswag_every=args.run_steps,
+                           hellaswag_data=folder / "hellaswag.json", max_steps=args.run_steps, max_minutes=3, **args.run_flags)
+            rows.append({"preset": preset, **row})
+    stream = "bfloat16" if args.bf16_stream else "float32"
+    return [table(f"Runs on the machine's own text, residual stream in {stream}, {chip(args.device)}", rows)]
+
+
+def gpu_limits(args):
+    """The automatic batch where 15 GiB are free, a resumed run's bytes, and attention in windows at T=8192."""
+    rows = []
+    with machine_shards(args) as folder:
+        common = dict(device=args.device, data=folder / "shards", eval_every=0, max_minutes=2)
+        if args.device.startswith("cuda"):
+            ballast = torch.empty(max(0, torch.cuda.mem_get_info()[0] - 15 * 2**30), dtype=torch.uint8, device=args.device)
+        for preset in ("gpt2", "modern"):
+            row = isolated(run_figures, preset=preset, max_steps=4, out_dir=folder / preset, **common | args.run_flags)
+            rows.append({"run": f"{preset}, 15 GiB free", **row})
+        ballast = None  # noqa: F841  gives the memory back
+        torch.cuda.empty_cache()
+        resumed = dict(preset="modern", deterministic=True, max_steps=8, checkpoint_every=4, **common | args.run_flags)
+        resumed |= dict(total_batch_size=16 * args.shape["block_size"], batch_size=8)
+        isolated(run_figures, out_dir=folder / "whole", **resumed)
+        shutil.copytree(folder / "whole/step_000004", folder / "half/step_000004")
+        shutil.copy(folder / "whole/log.jsonl", folder / "half/log.jsonl")
+        isolated(run_figures, out_dir=folder / "half", resume=True, **resumed)
+        whole, half = ((folder / name / "step_000008/model.safetensors").read_bytes() for name in ("whole", "half"))
+        for window in (0, args.long // 16):
+            row = isolated(run_figures, preset="gpt2", rope=True, rmsnorm=True, swiglu=True, bias=False, max_steps=8, window=window,
+                           out_dir=folder / f"window{window}",
+                           **common | args.run_flags | dict(block_size=args.long, total_batch_size=16 * args.long, batch_size=None))
+            rows.append({"run": f"T={args.long}, window {window or 'off'}", **row})
+    return [table(f"Runs at the limits, {chip(args.device)}", rows),
+            table("Deterministic resume", [{"bytes of the model": "the same" if whole == half else "DIFFERENT"}])]
+
+
+PIECES = {1: gpu_attention, 2: gpu_gpt2, 3: gpu_modern, 5: gpu_learning, 6: gpu_limits, 4: gpu_ladder}  # by what they tell
+GPU_SIZES = dict(shape=GPT2, modern_shape=MODERN_GPT2, gpu_batch=64, compiled=True, lengths=range(100, 140), windows=(16, 32, 96, 128, 512),
+                 characters=500_000_000, examples=10042, long=8192, run_steps=100, run_flags=dict(eval_tokens=2097152))
+
+
+def gpu(args):
+    """For any one GPU, with no network. Ends with all tables in one line of JSON, to be sent back."""
+    if not torch.cuda.is_available():
+        problem = "this PyTorch is a build without it" if torch.version.cuda is None else "PyTorch finds none (see nvidia-smi)"
+        print(f"error: gpu needs a GPU with CUDA, and {problem}", file=sys.stderr)
+        sys.exit(2)
+    args = argparse.Namespace(**vars(args) | GPU_SIZES)
+    tables = []
+    for number in [args.piece] if args.piece else PIECES:
+        started = time.time()
+        try:
+            tables += PIECES[number](args)
+        except Exception as error:  # the other pieces still tell something
+            traceback.print_exc()
+            tables += [table(f"Piece {number} failed", [{"error": fineweb.one_line(error)}])]
+        print(f"piece {number}: {time.time() - started:.0f} s", file=sys.stderr, flush=True)
+    print(json.dumps({"chip": chip(args.device), "torch": torch.__version__, "pieces": args.piece or "all", "tables": tables}))
+    return tables
+
+# -----------------------------------------------------------------------------
 # command line
 
 COMMANDS = {"limit": limit, "ladder": ladder, "heads": heads, "memory": memory, "loader": loader, "tokenize": tokenize,
-            "architecture": architecture, "hellaswag": score, "recipe": recipe, "ablation": ablation}
+            "architecture": architecture, "hellaswag": score, "recipe": recipe, "ablation": ablation, "gpu": gpu}
 
 
 def main():
@@ -802,14 +1084,16 @@ def main():
     parser.add_argument("--seeds", type=int, default=2, help="of each run (recipe, ablation)")
     parser.add_argument("--little", type=int, default=20000, help="bytes to overfit on (ablation)")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.6], help="parts of the tokens (recipe)")
+    parser.add_argument("--piece", type=int, choices=range(1, 7), help="only this one (gpu)")
+    parser.add_argument("--bf16_stream", action="store_true", help="residual stream in bfloat16, in the runs of piece 5 (gpu)")
     parser.add_argument("--json", help="write the tables to this file too")
     args = parser.parse_args()
     auto, _ = hellaswag.pick_dtype("auto", args.device.split(":")[0], (256, 768, 3072), torch.float16)
     args.dtype = args.dtype or str(auto)[6:]
     tables = []
     for name, command in COMMANDS.items():
-        if args.command in (name, "all"):
-            steps = {"ladder": 10 if args.device.startswith("cuda") else 2, "recipe": 250, "ablation": 250}.get(name)
+        if args.command == name or args.command == "all" and name != "gpu":
+            steps = {"ladder": 10 if args.device.startswith("cuda") else 2, "recipe": 250, "ablation": 250, "gpu": 12}.get(name)
             tables += command(argparse.Namespace(**{**vars(args), "steps": args.steps or steps}))
     if args.json:
         Path(args.json).write_text(json.dumps(tables, indent=1))

@@ -16,6 +16,14 @@ SYNCS = ("--preset gpt2 --n_layer 2 --n_head 2 --n_embd 64 --block_size 64 --tot
          "--eval_every 0 --sample_every 0 --checkpoint_every 0 --hellaswag_every 0 --no_compile --device cuda").split()
 
 
+@pytest.fixture(autouse=True)
+def as_users_start_them(monkeypatch):
+    """conftest.py's settings are for tests that fork, and for CPUs; torchrun and the compiler get what they have elsewhere."""
+    for name in ("PYTORCH_NVML_BASED_CUDA_CHECK", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "TORCHINDUCTOR_VEC_ISA_OK",
+                 "TORCHINDUCTOR_COMPILE_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def steps_without_a_sync(flags):
     """Two steps, and a third in which every wait for the device is an error, until the step reads its loss."""
     run = train_gpt2.Run(list(map(str, flags)), train_gpt2.World())

@@ -1,0 +1,65 @@
+"""The pieces of `benchmark.py gpu` as far as a CPU goes: in tiny sizes they run to their end and say something."""
+import argparse
+import contextlib
+import json
+import multiprocessing
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import benchmark
+from conftest import ROOT
+
+SHAPE = dict(n_layer=1, n_head=2, n_embd=32, block_size=32)
+TINY = argparse.Namespace(
+    device="cpu", dtype="bfloat16", steps=1, bf16_stream=True, shape=SHAPE, modern_shape=SHAPE | dict(rope=True, qk_norm=True), gpu_batch=2,
+    compiled=False, batch_size=2, lengths=(9, 10), windows=(4,), characters=200_000, examples=8, long=64, run_steps=4,
+    run_flags=dict(n_layer=1, n_head=2, n_embd=32, block_size=32, total_batch_size=256, batch_size=4, eval_tokens=64, compile=False,
+                   dtype="float32"))
+
+
+def no_tables(args):
+    return []
+
+
+def run_piece(piece, path):
+    path.write_text(json.dumps(benchmark.PIECES[piece](TINY)))
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 5, 6])
+def test_a_piece_runs_to_its_end(piece, small_shards, tmp_path, monkeypatch):
+    def measured(function, **arguments):
+        return benchmark.measured(function, arguments)
+
+    def run(command, **how):  # not this test's own runner in it
+        return subprocess.CompletedProcess(command, 0, stdout="9 skipped")
+
+    @contextlib.contextmanager
+    def shards(args):
+        (tmp_path / "shards").symlink_to(small_shards)
+        yield tmp_path
+
+    monkeypatch.setattr(benchmark, "isolated", measured)
+    monkeypatch.setattr(benchmark, "limit", no_tables)  # is of one size
+    monkeypatch.setattr(benchmark, "TEXT_FOLDERS", [ROOT / "tests"])
+    if piece == 1:
+        monkeypatch.setattr(benchmark.subprocess, "run", run)
+    if piece == 6:
+        monkeypatch.setattr(benchmark, "machine_shards", shards)
+    process = multiprocessing.get_context("fork").Process(target=run_piece, args=(piece, tmp_path / "tables.json"))
+    process.start()  # apart: it leaves switches and signal handlers behind
+    process.join(120)
+    process.kill()
+    tables = json.loads((tmp_path / "tables.json").read_text())
+    assert process.exitcode == 0 and tables and all(found["rows"] for found in tables)
+    if piece == 6:
+        assert tables[1]["rows"] == [{"bytes of the model": "the same"}]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_without_a_gpu_it_is_one_line():
+    done = subprocess.run([sys.executable, ROOT / "tests/benchmark.py", "gpu", "--piece", "2"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: gpu needs a GPU") and done.stderr.count("\n") == 1
+    assert not done.stdout
