@@ -12,10 +12,11 @@ $ python tests/benchmark.py architecture                        # the modern par
 $ python tests/benchmark.py hellaswag                           # hellaswag.py
 $ python tests/benchmark.py recipe                              # loss against tokens; picture: assets/recipe.png
 $ python tests/benchmark.py ablation                            # the modern parts one by one, on little data and on much
-$ python tests/benchmark.py gpu                                 # what one GPU makes of all this; not in `all`. In pieces (--piece) of
-                                                                # under 10 minutes: 1 attention and tests/test_cuda.py, 2 a step of
-                                                                # gpt2, 3 of modern, 4 the ladder in 16 GB, 5 two runs on the
-                                                                # machine's own text, 6 memory, resuming and T=8192
+$ python tests/benchmark.py gpu                                 # what one GPU makes of it, in six pieces; not in `all`
+$ python tests/benchmark.py gpu --piece 2                       # one of them, each under ten minutes: 1 attention and
+                                                                # tests/test_cuda.py, 2 a step of gpt2, 3 of modern,
+                                                                # 4 the ladder in 16 GB, 5 runs on the machine's own
+                                                                # text, 6 memory, resuming and T=8192
 
 Tables are Markdown; --json FILE keeps the rows too. Each row runs in a process of its own, so that its peak memory is
 its own. Timings are medians over steps; on a machine that others share, compare within one run only.
@@ -837,12 +838,13 @@ def attention_rows(device, dtype, batch_size, T, lengths, windows):
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         new = [seconds_of_cached_token(device, dtype, length) for length in lengths]
         speeds.append({"cuDNN": "allowed" if cudnn else "off", "forward, ms": 1000 * seconds_of(forward, device),
-                       "with backward, ms": 1000 * seconds_of(both, device), "a new length of the cache, ms": 1000 * statistics.median(new)})
+                       "with backward, ms": 1000 * seconds_of(both, device),
+                       "a new length of the cache, ms": 1000 * statistics.median(new)})
         for window in windows:
             for low in (False, True):
-                worst = max(window_errors(device, dtype, window, low), key=lambda error: math.inf if math.isnan(error) else error)
-                errors.append({"cuDNN": "allowed" if cudnn else "off", "window": window, "logits": "low" if low else "usual",
-                               "relative error of the gradients": f"{worst:.1e}"})
+                found = " ".join(f"{error:.1e}" for error in window_errors(device, dtype, window, low))
+                errors.append({"cuDNN": "allowed" if cudnn else "off", "window": window,
+                               "logits": "low" if low else "usual", "relative errors of dq dk dv": found})
     torch.backends.cuda.enable_cudnn_sdp(True)
     return {"speeds": speeds, "errors": errors}
 
@@ -854,8 +856,8 @@ def seconds_of_cached_token(device, dtype, length):
 
 
 def window_errors(device, dtype, window, low):
-    """Of dq, dk and dv against float64, for a block of WindowAttention. low: every row's log-sum-exp is below -88, where exp in
-    float32 is 0."""
+    """Of dq, dk and dv against float64, for a block of WindowAttention. low: every row's log-sum-exp is below -88,
+    where exp in float32 is 0."""
     torch.manual_seed(0)
     scale = 0.1 if low else 1.0
     q, k = (torch.randn(4, 2, n, 64, device=device, dtype=dtype) * scale for n in (window, 2 * window))
@@ -887,13 +889,14 @@ def profile(device, steps=3, **parts):
     events = trace.key_averages()
     on_gpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     kernels = [event for event in on_gpu if not event.is_user_annotation]
-    optimizer = sum(event.device_time_total for event in events if event not in on_gpu and event.key.startswith("Optimizer.step")) / 1000 / steps
+    optimizers = [event for event in events if event not in on_gpu and event.key.startswith("Optimizer.step")]
+    optimizer = sum(event.device_time_total for event in optimizers) / 1000 / steps
     kernels.sort(key=device_time, reverse=True)
     busy = sum(map(device_time, kernels)) / 1000 / steps
     return {"row": {"step, ms": wall, "kernels, ms": busy, "idle": f"{1 - busy / wall:.1%}", "optimizer, ms": optimizer,
                     "launches": sum(kernel.count for kernel in kernels) / steps},
-            "kernels": [{"kernel": kernel.key[:100].replace("|", " "), "ms": device_time(kernel) / 1000 / steps, "times": kernel.count / steps}
-                        for kernel in kernels[:25]]}
+            "kernels": [{"kernel": kernel.key[:100].replace("|", " "), "ms": device_time(kernel) / 1000 / steps,
+                         "times": kernel.count / steps} for kernel in kernels[:25]]}
 
 
 def device_time(event):
@@ -901,7 +904,7 @@ def device_time(event):
 
 
 def step_tables(args, name, cases, **common):
-    """A profile of the script's own step, then the speed of each of the cases, {name: parts}. The batch is the largest that fits."""
+    """The speed of each of the cases, {name: parts}, and a profile of the script's own step; in the largest batch."""
     common |= dict(device=args.device, dtype=args.dtype, compiled=args.compiled)
     batch, rows = args.gpu_batch, []
     while not (first := isolated(training_speed, batch_size=batch, steps=args.steps, **common)):
@@ -909,9 +912,13 @@ def step_tables(args, name, cases, **common):
     for case, parts in cases.items():
         row = attempted(training_speed, batch_size=batch, steps=args.steps, **common | parts) if parts else first
         rows.append({"step": case, "batch": batch, **(row or dict.fromkeys(first))})
-    seen = isolated(profile, batch_size=batch, **common)
-    return [table(f"A step of {name}, {args.dtype}, {chip(args.device)}", rows), table(f"Where a step of {name} goes", [seen["row"]]),
-            *([table(f"The longest kernels of {name}", seen["kernels"])] if seen["kernels"] else [])]
+    tables = [table(f"A step of {name}, {args.dtype}, {chip(args.device)}", rows)]
+    seen = attempted(profile, batch_size=batch, **common)
+    if seen:
+        tables.append(table(f"Where a step of {name} goes", [seen["row"]]))
+    if seen and seen["kernels"]:
+        tables.append(table(f"The longest kernels of {name}", seen["kernels"]))
+    return tables
 
 
 def run_figures(bf16_stream=False, **flags):
@@ -937,7 +944,7 @@ def run_figures(bf16_stream=False, **flags):
 
 
 def machine_text(folder, limit, examples):
-    """Writes the sources and documents that this machine holds, up to so many characters, as jsonl, and HellaSwag-like examples."""
+    """Writes up to so many characters of this machine's sources and documents as jsonl, and HellaSwag-like examples."""
     found = (path for top in TEXT_FOLDERS for path in Path(top).rglob("*.*"))
     paths = sorted({path for path in found if path.suffix in (".py", ".md", ".rst", ".txt", ".h", ".pyi") and path.is_file()})
     random.Random(0).shuffle(paths)

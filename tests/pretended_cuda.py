@@ -1,9 +1,9 @@
 """
-GPT on a pretended GPU: PyTorch's CPU build is made to believe in one H100, for fake tensors. These have a shape, a dtype and a
-device, but no numbers: what runs here shows that devices and dtypes fit together, what memory a step takes and what Inductor
-makes of the head; whether the numbers are right it does not show.
+GPT on a pretended GPU: PyTorch's CPU build is made to believe in one H100, for fake tensors. These have a shape, a dtype
+and a device, but no numbers: what runs here shows that devices and dtypes fit together, what memory a step takes and
+what Inductor makes of the head; whether the numbers are right it does not show.
 
-$ python tests/pretended_cuda.py mixtures  # every mixture of parts in three dtypes: loss, gradients, optimizers, cache, HellaSwag
+$ python tests/pretended_cuda.py mixtures  # all mixtures of parts, three dtypes: loss, optimizers, cache, HellaSwag
 $ python tests/pretended_cuda.py memory    # of a training step of the presets gpt2 and modern, uncompiled, B=16, T=1024
 $ python tests/pretended_cuda.py head      # bytes that the compiled head moves for 65,536 tokens, and what it holds
 $ python tests/pretended_cuda.py muon      # kernel launches of Muon in an optimizer step of the preset modern
@@ -67,7 +67,7 @@ C10_REGISTER_GUARD_IMPL(CUDA, Pretended);
 
 
 def load_stub():
-    """Compiles what the CPU build lacks of a CUDA device and loads it. Before torch is imported, which asks for it once."""
+    """Compiles what the CPU build lacks of a CUDA device and loads it; before torch, which asks for it once."""
     root = os.path.dirname(importlib.util.find_spec("torch").origin)
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "stub.cpp"), Path(folder, "stub.so")
@@ -84,9 +84,10 @@ H100 = types.SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132, warp_size=32,
     regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024, gcnArchName="")
 RETURNED = {  # by what asks for a GPU
-    "torch.cuda.is_available": True, "torch.cuda._is_compiled": True, "torch.cuda.device_count": 1, "torch.cuda.current_device": 0,
-    "torch.cuda.get_device_properties": H100, "torch.cuda.get_device_capability": (9, 0), "torch.cuda.is_bf16_supported": True,
-    "torch.cuda._lazy_init": None, "torch.cuda.get_rng_state": torch.zeros(16, dtype=torch.uint8), "torch.cuda.set_rng_state": None,
+    "torch.cuda.is_available": True, "torch.cuda._is_compiled": True, "torch.cuda._lazy_init": None,
+    "torch.cuda.device_count": 1, "torch.cuda.current_device": 0, "torch.cuda.get_device_properties": H100,
+    "torch.cuda.get_device_capability": (9, 0), "torch.cuda.is_bf16_supported": True,
+    "torch.cuda.get_rng_state": torch.zeros(16, dtype=torch.uint8), "torch.cuda.set_rng_state": None,
     "torch.cuda.amp.common.amp_definitely_not_available": False,
     "torch._C._cuda_getCurrentRawStream": 0, "torch._subclasses.fake_tensor.init_gpu_context": None,
     "torch._subclasses.fake_tensor.FakeTensor.__bool__": False}  # whether all samples have ended: not yet
@@ -128,7 +129,7 @@ PARTS = [("rope", True), ("rmsnorm", True), ("swiglu", True), ("qk_norm", True),
 
 
 def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, enable_gqa=False):
-    """The kernel that CUDA would take, with the checks that it makes. The CPU build would take the one of many operations."""
+    """The kernel that CUDA would take, with the checks that it makes; the CPU build would take many operations."""
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -145,8 +146,8 @@ def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, enab
             if attn_mask.dtype == torch.bool:
                 attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -torch.inf)
             attn_mask = attn_mask.expand(q.size(0), q.size(1), q.size(2), k.size(2))
-        needs_grad = torch.is_grad_enabled()
-        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, needs_grad, dropout_p, is_causal)[0]
+        efficient_attention = torch.ops.aten._scaled_dot_product_efficient_attention
+        return efficient_attention(q, k, v, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal)[0]
 
 
 def cuda_model(**shape):
@@ -168,8 +169,9 @@ def tokens(*shape):
 
 
 class Meter(TorchDispatchMode):
-    """Notes what the operations do to the pretended GPU: bytes alive in the allocator's blocks of 512, and their peak; the launches,
-    which are the operations that write; the bytes that they read and write, but for matmuls; the largest tensor in float32."""
+    """Notes what the operations do to the pretended GPU: bytes alive in the allocator's blocks of 512, and their peak;
+    the launches, which are the operations that write; the bytes that they read and write, but for matmuls; the elements
+    of the largest tensor in float32."""
 
     def __init__(self):
         super().__init__()
@@ -292,7 +294,8 @@ def training_step(preset, batch_size):
                 optimizer.step()
                 optimizer.zero_grad()
     logits = x.numel() * model.config.padded_vocab_size
-    return {"peak_gib": round(meter.peak / GIB, 2), "largest_float32_of_all_logits": round(meter.largest_float32 / logits, 3)}
+    return {"peak_gib": round(meter.peak / GIB, 2),
+            "largest_float32_of_all_logits": round(meter.largest_float32 / logits, 3)}
 
 
 def memory():
@@ -308,21 +311,23 @@ def muon():
         optimizer.step()  # makes its state
         with Meter() as meter:
             optimizer.step()
-    return {"matrices": sum(len(group["params"]) for group in optimizer.param_groups), "launches": meter.launches.total(),
-            "by_operation": dict(meter.launches.most_common())}
+    return {"matrices": sum(len(group["params"]) for group in optimizer.param_groups),
+            "launches": meter.launches.total(), "by_operation": dict(meter.launches.most_common())}
 
 
 def head(batch_size=64):
-    """The head's forward pass in bfloat16 as compile_blocks compiles it, with all gradients; the backward pass only scales them.
-    triton_gb: what Inductor's kernels read and write, each tensor once a kernel; other_gb: what other operations do, matmuls left
-    out; chunk_gib: the buffers of one chunk's code; peak_gib: all that the head makes, gradients included."""
+    """The head's forward pass in bfloat16 as compile_blocks compiles it, with all gradients; the backward pass only
+    scales them. triton_gb: what Inductor's kernels read and write, each tensor once a kernel; other_gb: what other
+    operations do, matmuls left out; chunk_gib: the buffers of one chunk's code; peak_gib: all that the head makes,
+    gradients included."""
     compiled, torch_compile = [], torch.compile
 
     def lowered(graph, inputs):
         return lower(graph, inputs, compiled)
 
     def compile_for_gpu(function, **options):
-        return torch_compile(function, backend=aot_autograd(fw_compiler=lowered, decompositions=select_decomp_table()), **options)
+        backend = aot_autograd(fw_compiler=lowered, decompositions=select_decomp_table())
+        return torch_compile(function, backend=backend, **options)
 
     with FakeTensorMode(allow_non_fake_inputs=True), mock.patch("torch.compile", compile_for_gpu):
         model = preset_model("gpt2")
@@ -342,14 +347,15 @@ def head(batch_size=64):
                 part.meter = meter
             model(x, x)
     triton = sum(part.calls * part.moved for part in compiled)
-    return {"tokens": x.numel(), "chunks": sum(part.calls for part in compiled), "kernels_of_a_chunk": compiled[0].kernels,
+    return {"tokens": x.numel(), "chunks": sum(part.calls for part in compiled),
+            "kernels_of_a_chunk": compiled[0].kernels,
             "triton_gb": round(triton / 1e9, 2), "other_gb": round(meter.moved / 1e9, 2),
             "chunk_gib": round(max(part.buffers for part in compiled) / GIB, 2), "peak_gib": round(meter.peak / GIB, 2)}
 
 
 def lower(graph, inputs, compiled):
-    """A compiler for torch.compile. Inductor writes its Triton code, of which bytes and buffers are noted; it is not run, for it
-    would bring no numbers."""
+    """A compiler for torch.compile. Inductor writes its Triton code, of which bytes and buffers are noted; it is not
+    run, for it would bring no numbers."""
     outputs = [node.meta["val"] for node in graph.graph.output_node().args[0]]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch("torch._inductor.scheduler.has_triton", returning(True)))
@@ -384,7 +390,8 @@ def peak_of_buffers(code):
     for line in code.splitlines():
         if made := re.match(r"\s*(\w+) = empty_strided_cuda\(\((.*?)\), \(.*?\), torch\.(\w+)\)", line):
             name, shape, dtype = made.groups()
-            sizes[name] = math.prod(int(size) for size in shape.split(",") if size.strip()) * getattr(torch, dtype).itemsize
+            numel = math.prod(int(size) for size in shape.split(",") if size.strip())
+            sizes[name] = numel * getattr(torch, dtype).itemsize
             alive += sizes[name]
             peak = max(peak, alive)
         elif reused := re.match(r"\s*(\w+) = .*; del (\w+)  # reuse", line):

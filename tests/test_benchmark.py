@@ -14,10 +14,10 @@ from conftest import ROOT
 
 SHAPE = dict(n_layer=1, n_head=2, n_embd=32, block_size=32)
 TINY = argparse.Namespace(
-    device="cpu", dtype="bfloat16", steps=1, bf16_stream=True, shape=SHAPE, modern_shape=SHAPE | dict(rope=True, qk_norm=True), gpu_batch=2,
-    compiled=False, batch_size=2, lengths=(9, 10), windows=(4,), characters=200_000, examples=8, long=64, run_steps=4,
-    run_flags=dict(n_layer=1, n_head=2, n_embd=32, block_size=32, total_batch_size=256, batch_size=4, eval_tokens=64, compile=False,
-                   dtype="float32"))
+    device="cpu", dtype="bfloat16", steps=1, bf16_stream=True, compiled=False, batch_size=2, gpu_batch=2, shape=SHAPE,
+    modern_shape=SHAPE | dict(rope=True, qk_norm=True), lengths=(9, 10), windows=(4,), characters=200_000, examples=8,
+    long=64, run_steps=4,
+    run_flags=SHAPE | dict(total_batch_size=256, batch_size=4, eval_tokens=64, compile=False, dtype="float32"))
 
 
 def no_tables(args):
@@ -60,6 +60,7 @@ def test_a_piece_runs_to_its_end(piece, small_shards, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_without_a_gpu_it_is_one_line():
-    done = subprocess.run([sys.executable, ROOT / "tests/benchmark.py", "gpu", "--piece", "2"], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "tests/benchmark.py", "gpu", "--piece", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: gpu needs a GPU") and done.stderr.count("\n") == 1
     assert not done.stdout

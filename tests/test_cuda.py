@@ -18,7 +18,7 @@ SYNCS = ("--preset gpt2 --n_layer 2 --n_head 2 --n_embd 64 --block_size 64 --tot
 
 @pytest.fixture(autouse=True)
 def as_users_start_them(monkeypatch):
-    """conftest.py's settings are for tests that fork, and for CPUs; torchrun and the compiler get what they have elsewhere."""
+    """Without conftest.py's settings, which are for tests that fork and for CPUs."""
     for name in ("PYTORCH_NVML_BASED_CUDA_CHECK", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "TORCHINDUCTOR_VEC_ISA_OK",
                  "TORCHINDUCTOR_COMPILE_THREADS"):
         monkeypatch.delenv(name, raising=False)

@@ -1,5 +1,6 @@
-"""Devices, dtypes and memory on a pretended GPU; not numbers, which it does not have. pretended_cuda.py says how, and prints the
-figures when it is started alone. It runs in a process of its own, so that no other test takes the GPU for real."""
+"""Devices, dtypes and memory on a pretended GPU; not numbers, which it does not have. pretended_cuda.py says how, and
+prints the figures when it is started alone. It runs in a process of its own, so that no other test takes the GPU for
+real."""
 import json
 import shutil
 import subprocess
@@ -12,12 +13,14 @@ from conftest import ROOT
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler, c++, to build what it pretends with"),
-    pytest.mark.skipif(torch.version.cuda or torch.version.hip, reason="needs PyTorch's CPU build: this one looks for a real GPU"),
+    pytest.mark.skipif(bool(torch.version.cuda or torch.version.hip),
+                       reason="needs PyTorch's CPU build: this one looks for a real GPU"),
 ]
 
 
 def figures(*commands):
-    done = subprocess.run([sys.executable, ROOT / "tests/pretended_cuda.py", *commands], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, ROOT / "tests/pretended_cuda.py", *commands]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
