@@ -90,7 +90,8 @@ RETURNED = {  # by what asks for a GPU
     "torch.cuda.get_rng_state": torch.zeros(16, dtype=torch.uint8), "torch.cuda.set_rng_state": None,
     "torch.cuda.amp.common.amp_definitely_not_available": False,
     "torch._C._cuda_getCurrentRawStream": 0, "torch._subclasses.fake_tensor.init_gpu_context": None,
-    "torch._subclasses.fake_tensor.FakeTensor.__bool__": False}  # whether all samples have ended: not yet
+    "torch._subclasses.fake_tensor.FakeTensor.all": False,  # whether all samples have ended
+    "torch._subclasses.fake_tensor.FakeTensor.any": True}  # whether a row of HellaSwag has several endings
 
 
 def pretend():
@@ -168,6 +169,22 @@ def tokens(*shape):
     return torch.empty(shape, dtype=torch.long, device="cuda")
 
 
+MATMULS = ("mm", "bmm", "addmm", "baddbmm")
+
+
+class Strict(TorchDispatchMode):
+    """Refuses what fake tensors let pass and CUDA does not: matmuls of two dtypes, and lists on two devices."""
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        if name in MATMULS:
+            assert len({tensor.dtype for tensor in tensors}) == 1, f"{function} of several dtypes"
+        if name.startswith(("_foreach", "_fused")):
+            assert len({tensor.device for tensor in tensors}) == 1, f"{function} on several devices"
+        return function(*args, **(kwargs or {}))
+
+
 class Meter(TorchDispatchMode):
     """Notes what the operations do to the pretended GPU: bytes alive in the allocator's blocks of 512, and their peak;
     the launches, which are the operations that write; the bytes that they read and write, but for matmuls; the elements
@@ -192,7 +209,7 @@ class Meter(TorchDispatchMode):
         name = function._schema.name.removeprefix("aten::")
         if not is_view and not name.startswith("empty"):
             self.launches[name] += 1
-            if name not in ("mm", "bmm", "addmm", "baddbmm"):
+            if name not in MATMULS:
                 self.moved += sum(tensor.nbytes for tensor in read + written)
         for tensor in written:
             self.note(tensor)
@@ -228,7 +245,7 @@ def mixtures():
         parts = dict(part for part, is_on in zip(PARTS, bits) if is_on)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             try:
-                with FakeTensorMode(allow_non_fake_inputs=True):
+                with FakeTensorMode(allow_non_fake_inputs=True), Strict():
                     check_mixture(parts, dtype)
                 count += 1
             except Exception as error:
