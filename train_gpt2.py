@@ -437,6 +437,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if needs_grad:
                 hidden_grads.append(logits_grad @ head)
                 weight_grad += logits_grad.T @ x
+            del logits_grad  # before the next chunk's is made
         if needs_grad:
             ctx.save_for_backward(torch.cat(hidden_grads), weight_grad)
         return loss
@@ -712,7 +713,10 @@ class BatchedMuon(torch.optim.Muon):
             for shape in sorted({p.shape for p in group["params"]}):
                 params = [p for p in group["params"] if p.shape == shape]
                 grads = [p.grad for p in params]
-                buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffers = [self.state[p]["momentum_buffer"] for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 x = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"])).bfloat16()  # Nesterov's
                 updates = orthogonalize(x.mT if shape[0] > shape[1] else x, group)
