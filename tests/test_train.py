@@ -131,7 +131,7 @@ class Memory(TorchDispatchMode):
         self.live -= size
 
 
-@pytest.mark.parametrize("shape, gigabytes", [({"n_layer": 2}, 8), ({"n_layer": 2}, 1.9), ({"n_layer": 2, "block_size": 64}, 8),
+@pytest.mark.parametrize("shape, gigabytes", [({"n_layer": 2}, 8), ({"n_layer": 2}, 1.75), ({"n_layer": 2, "block_size": 64}, 8),
                                               ({"n_layer": 4, "n_head": 25, "n_embd": 1600}, 12)])
 def test_auto_batch_fits(shape, gigabytes, monkeypatch):
     """In tensors without contents, whose sizes are counted."""
@@ -170,9 +170,10 @@ def test_a_resumed_run_comes_back_to_its_device(small_shards, tmp_path, monkeypa
     assert asked == ["cuda:1", "cuda:1", "cuda"]
 
 
-@pytest.mark.parametrize("script,flags", [("train_gpt2.py", ()), ("train_gpt2.py", ("sample", "--checkpoint", "x")),
+@pytest.mark.parametrize("script,flags", [("train_gpt2.py", ("--data", ROOT / "input.txt")), ("train_gpt2.py", ("sample", "--checkpoint", "x")),
                                           ("hellaswag.py", ())])
-def test_a_chip_that_the_build_does_not_know_is_one_line(script, flags, monkeypatch):
+def test_a_chip_that_the_build_does_not_know_is_one_line(script, flags, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # there is no run here
     def no_kernels(*args, **kwargs):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with ...")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
