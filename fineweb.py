@@ -436,6 +436,28 @@ class Config:
                 raise UserError(f"--{name}: {value} is too small; it must be at least 1")
 
 
+def not_utf8(path, encoding, where):
+    return UserError(f"{path}: not UTF-8{where}; convert it: iconv -f {encoding} -t utf-8 {shlex.quote(str(path))} > utf8.txt")
+
+
+def check_utf16(head, path):
+    """Raises UserError if a text that begins with these bytes is UTF-16, which may pass for UTF-8 full of zeros."""
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise not_utf8(path, "utf-16", "")
+    zeros = [head[i::2].count(0) for i in range(2)]
+    if sum(zeros) > len(head) // 4:
+        raise not_utf8(path, "utf-16le" if zeros[1] > zeros[0] else "utf-16be", "")
+
+
+def decode_utf8(data, path):
+    """The text of a file's bytes, without a byte-order mark. Raises UserError with the command that converts another."""
+    check_utf16(data[:1000], path)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, "latin1", f" at byte {error.start}") from None
+
+
 def last_boundary(text):
     """Where the last space or newline stands that follows a non-space; 0 if there is none."""
     for start in (max(0, len(text) - 4096), 0):  # it is nearly always near the end
@@ -543,7 +565,9 @@ class LocalFiles:
                         place = Place(file, row, char)
                         if place >= first:
                             yield place, None, text
-            except (OSError, ValueError) as error:  # pyarrow's and UnicodeDecodeError are of these
+            except UnicodeDecodeError:
+                raise not_utf8(path, "latin1", "") from None
+            except (OSError, ValueError) as error:  # pyarrow's are of these
                 raise UserError(f"{path}: unreadable at or after row {row + 1}: {one_line(error)}") from None
 
     def open(self, path):
@@ -556,7 +580,9 @@ class LocalFiles:
         return io.BufferedReader(pyarrow.CompressedInputStream(self.raw, codec), 1 << 16)
 
     def read_txt(self, path):  # this and the other readers yield (row, document)
-        with io.TextIOWrapper(self.open(path), encoding="utf-8-sig", newline="") as stream:
+        file = self.open(path)
+        check_utf16(file.peek(1000)[:1000], path)
+        with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as stream:
             yield 0, stream
 
     def read_jsonl(self, path):

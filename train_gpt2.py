@@ -14,7 +14,9 @@ What serves it: evaluation and samples · checkpoints and the log · processes �
 """
 
 import contextlib
+import ctypes
 import gc
+import hashlib
 import json
 import math
 import os
@@ -23,6 +25,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -105,7 +108,7 @@ class SetupFlags:
     preset: Literal["tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "modern"] | None = None
     # a folder of shards or a UTF-8 text file (its last 10% validates); None: edu_fineweb10B/ if there, else input.txt
     data: str | None = None
-    tokenizer: Literal["gpt2", "byte"] = "gpt2"  # for a text file; shards name their own
+    tokenizer: str = "gpt2"  # for a text file: gpt2, byte, or a folder with a tokenizer; shards name their own
     out_dir: str = "log"  # folder for checkpoints and log.jsonl
     init_from: str = "scratch"  # scratch, or a model to fine-tune: a Hugging Face name (gpt2) or a folder
     resume: bool = False  # continue from out_dir's newest good checkpoint; with none there, start
@@ -194,8 +197,8 @@ PRESETS = {  # what differs from the defaults above; learning rates by size from
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, lr=2e-4),
     "modern": dict(MODERN, lr=1.8e-3, momentum_warmup_steps=300),
     "tiny": dict(MODERN, n_layer=3, n_head=4, n_embd=128, block_size=128, tokenizer="byte", compile=False, lr=6e-3,
-                 momentum_warmup_steps=50, warmup_steps=15, weight_decay=0.01, total_batch_size=3072, max_steps=270,
-                 eval_every=90, eval_tokens=65536, sample_every=90, checkpoint_every=90, hellaswag_every=0),
+                 momentum_warmup_steps=50, warmup_steps=15, weight_decay=0.01, total_batch_size=3072, max_steps=300,
+                 eval_every=100, eval_tokens=65536, sample_every=100, checkpoint_every=100, hellaswag_every=0),
 }
 FINE_TUNING = dict(lr=5e-5, block_size=None, tokenizer=None)  # with --init_from; None: the model's
 
@@ -248,10 +251,14 @@ def rotate(x, rotation):
 
 def sdpa(q, k, v, **options):
     """Scaled dot-product attention. Where k and v have fewer heads than q, they are repeated for kernels that cannot
-    take that: all but the CPU's and flash attention (bfloat16, no mask)."""
-    groups = q.size(1) // k.size(1)
-    is_flash = compute_dtype(q) == torch.bfloat16 and options.get("attn_mask") is None
-    if groups > 1 and q.device.type != "cpu" and not is_flash:
+    take that: all but the CPU's and flash attention (bfloat16, no mask). A CPU's backward pass in bfloat16 takes a fifth
+    of a millisecond for a head, however short the text: short ones are in float32."""
+    groups, is_bfloat16, is_cpu = q.size(1) // k.size(1), compute_dtype(q) == torch.bfloat16, q.device.type == "cpu"
+    if is_cpu and is_bfloat16 and q.requires_grad and q.size(2) <= 256:
+        with torch.autocast("cpu", enabled=False):
+            return sdpa(q.float(), k.float(), v.float(), **options)
+    is_flash = is_bfloat16 and options.get("attn_mask") is None
+    if groups > 1 and not is_cpu and not is_flash:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=k.size(1) != q.size(1), **options)
 
@@ -275,9 +282,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.window = window
         distance = torch.arange(window, 2 * window)[:, None] - torch.arange(2 * window)  # from query to key
-        hidden = (distance < 0) | (distance >= window)
-        mask = torch.zeros(window, 2 * window).masked_fill(hidden, -torch.inf)
-        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("mask", (distance >= 0) & (distance < window), persistent=False)
 
     def forward(self, q, k, v, dropout):
         """As `full_attention`, in two parts: to join them here would keep a copy of both for the backward pass."""
@@ -289,7 +294,7 @@ class WindowAttention(nn.Module):
             padding = (0, 0, 0, -T % N)
             q, k, v = F.pad(q, padding), F.pad(k, padding), F.pad(v, padding)
         q = q[:, :, N:].unflatten(2, (-1, N)).transpose(1, 2).flatten(0, 1)  # (B * blocks, n_head, N, head_dim)
-        rest = sdpa(q, in_pairs(k, N), in_pairs(v, N), attn_mask=self.mask.to(q.dtype), dropout_p=dropout)
+        rest = sdpa(q, in_pairs(k, N), in_pairs(v, N), attn_mask=self.mask, dropout_p=dropout)
         return first + [rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :T - N]]
 
 
@@ -320,6 +325,13 @@ class LayerCache:
         return (k, v) if is_prompt else (self.k, self.v)
 
 
+class HeadNorm(nn.RMSNorm):
+    """With its weight in the input's dtype, bfloat16 under autocast: PyTorch's fused kernel takes no two."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+
+
 class Attention(nn.Module):
     def __init__(self, config, attention):
         super().__init__()
@@ -329,8 +341,8 @@ class Attention(nn.Module):
         self.widths = [config.n_head * self.head_dim] + 2 * [config.n_kv_head * self.head_dim]  # of q, k and v
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
         self.c_proj = nn.Linear(self.widths[0], config.n_embd, bias=config.bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rotation=None, mask=None, cache=None):
         B, T, _ = x.shape
@@ -453,6 +465,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.loss_chunks = 0  # 0: chosen in `forward`
+        self.end_ids = [config.eot]  # any of them ends a text
+        self.hf_extras = {}  # {file: what it has beside the GPTConfig}, of the Transformers model that was opened
         self.loss_sum = partial(ChunkedCrossEntropy.apply, chunk_of_loss)
         has_window = 0 < config.window < config.block_size
         attention = WindowAttention(config.window) if has_window else full_attention
@@ -550,7 +564,7 @@ class GPT(nn.Module):
                 token = sample_token(self.logits(hidden[:, -1]), temperature, top_k, generator)
                 token = token.masked_fill(done, self.config.eot)
                 yield token
-                done |= token == self.config.eot
+                done |= torch.isin(token, torch.tensor(self.end_ids, device=token.device))
                 if done.all():
                     return
                 idx = torch.cat((idx, token), dim=1)
@@ -583,12 +597,14 @@ class GPT(nn.Module):
         if model_type != OWN_TYPE:
             name = "GPT2LMHeadModel" if model_type == "gpt2" else f"{model_type.capitalize()}ForCausalLM"
             about |= {"architectures": [name], "bos_token_id": self.config.eot, "dtype": "float32"}
+            about |= self.hf_extras.get("config.json", {})
         if model_type == "gpt2":  # GPT-2 has three rates, we have one
             about |= {"embd_pdrop": self.config.dropout, "attn_pdrop": self.config.dropout}
         if tokenizer is not None:
             about["tokenizer"] = tokenizer.name
             tokenizer.save_pretrained(folder)
-        (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+        for file, values in {**self.hf_extras, "config.json": about}.items():
+            (folder / file).write_text(json.dumps(values, indent=2) + "\n")
         tensors = {name: tensor.cpu().contiguous() for name, tensor in hf_tensors(self, model_type)}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return model_type
@@ -596,7 +612,7 @@ class GPT(nn.Module):
 
 def sample_token(logits, temperature, top_k, generator):
     """(B, vocab_size) -> (B, 1)"""
-    if temperature == 0:
+    if temperature < 1e-6:  # 0, or too small to divide by
         return logits.argmax(dim=1, keepdim=True)
     logits = logits.float() / temperature
     if 0 < top_k < logits.size(1):
@@ -628,6 +644,15 @@ class Corpus:
     @staticmethod
     def read(shard):
         return shard if isinstance(shard, np.ndarray) else fineweb.read_shard(shard)
+
+    def fingerprint(self):
+        """A sha256 that tells this data from other, wherever it lies: of a text's tokens, or shards' sizes and ends."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            tokens = self.read(shard)
+            parts = [tokens] if tokens is shard else [tokens[:1024], tokens[-1024:]]
+            digest.update(str(len(tokens)).encode() + b"".join(part.tobytes() for part in parts))
+        return digest.hexdigest()
 
     def find(self, number, order):
         """The place of window `number` where shards follow one another in this order: (shard, window in it)."""
@@ -672,6 +697,9 @@ def training_batches(corpus, start, batch_size, world, seed):
             yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 
+NOT_PLAIN_TEXT = (".gz", ".zst", ".parquet", ".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+
+
 def shard_tokenizer(folder):
     """The name of the tokenizer of a folder of shards; without a manifest they are other people's, of GPT-2's."""
     return (fineweb.read_manifest(folder) or {}).get("tokenizer", "gpt2")
@@ -680,21 +708,22 @@ def shard_tokenizer(folder):
 def open_data(path, tokenizer, config):
     """The training and the validation corpus of a folder of shards or a text file, for a model of this GPTConfig.
     Raises UserError."""
-    if os.path.isdir(path):
+    path = Path(path)
+    maker = f"python fineweb.py --files {shlex.quote(str(path))} --out {shlex.quote(path.name.split('.')[0] + '_tokens')}"
+    if path.is_dir():
         name = shard_tokenizer(path)
         if name != tokenizer.name:
             raise UserError(f"{path} holds {name} tokens, but the model has its own tokenizer, {tokenizer.name}")
         splits = {split: fineweb.list_shards(path, split) for split in ("train", "val")}
         for split, shards in splits.items():
             if not shards:
-                raise UserError(f"{path}: no {split} shards (*_{split}_*.npy); fineweb.py --out {path} makes them")
+                raise UserError(f"{path}: no {split} shards (*_{split}_*.npy); of texts they are made by: {maker}")
     else:
-        try:
-            text = Path(path).read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            remedy = f"iconv -f latin1 -t utf-8 {path} > utf8.txt"
-            raise UserError(f"{path}: byte {error.start} is not UTF-8; convert it: {remedy}") from None
-        tokens = np.array(tokenizer.encode(text), dtype=np.uint32)
+        if path.suffix in (".npy", ".bin"):
+            raise UserError(f"{path}: a shard; give the folder that holds it: --data {shlex.quote(str(path.parent))}")
+        if path.suffix in NOT_PLAIN_TEXT:
+            raise UserError(f"{path}: no plain text; make shards of it by: {maker}")
+        tokens = np.array(tokenizer.encode(fineweb.decode_utf8(path.read_bytes(), path)), dtype=np.uint32)
         cut = len(tokens) * 9 // 10
         splits = {"train": [tokens[:cut]], "val": [tokens[cut:]]}
     vocab_size = min(tokenizer.vocab_size, config.vocab_size)  # a tokenizer may have ids that its model has not
@@ -782,9 +811,10 @@ class Run:
         checkpoint = open_checkpoint(config.setup, world)
         earlier_config = checkpoint.config if checkpoint else config_to_start_again(config.setup, world, notes)
         if earlier_config:
-            config = resumed_config(config, given, earlier_config)
+            config = resumed_config(config, given, earlier_config, checkpoint, notes)
         else:
             complete_config(config, given, notes)
+        check_out_dir(config.setup.out_dir)
         model, tokenizer = (checkpoint.model, checkpoint.tokenizer) if checkpoint else new_model(config)
         state = checkpoint.state if checkpoint else {}
         setup, recipe, system = config.setup, config.recipe, config.system
@@ -800,16 +830,17 @@ class Run:
         self.saved_step = self.step  # those in the newest checkpoint
         self.skipped = state.get("skipped", 0)  # updates left out in a row, since their gradients were not finite
         self.run_id = state.get("run_id", f"{time.time_ns():x}")
-        self.stop = StopRequest()  # of this rank
-        self.stopped = False  # by all ranks
-        self.token_bytes = tokenizer.token_bytes()
-        self.seconds = state.get("seconds", 0.0)  # of training, by this rank's clock, without a process's first step
-        self.agreed_seconds = self.seconds  # by rank 0's clock, the same on all ranks
+        self.stopped = False  # by a signal to any rank
+        self.seconds = state.get("seconds", 0.0)  # of training, without a process's first step
         self.timed_steps = state.get("timed_steps", 0)  # those that took these seconds
         self.is_warm = False  # after the first step, which compiles
         if model.config.window:  # cuDNN's masked backward pass has given NaNs on Hopper (pytorch issue 196678)
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.train_data, self.val_data = open_data(setup.data, tokenizer, model.config)
+        self.fingerprint = self.train_data.fingerprint()
+        if state.get("fingerprint", self.fingerprint) != self.fingerprint:
+            raise UserError(f"--data {setup.data}: not the data of the run in {setup.out_dir}, other tokens; give its own, "
+                            "or begin a new run with --init_from and a checkpoint")
         self.batch_size, self.micro_steps = split_batch(self, state.get("batch_size"))
         self.ddp = model_to_train(self, notes)
         self.optimizers = make_optimizers(model, recipe, world.device_type)
@@ -830,6 +861,7 @@ class Run:
         if checkpoint and checkpoint.folder.resolve().parent != Path(setup.out_dir).resolve():
             self.saved_step = None  # another run's: from here on, what out_dir holds must be enough to resume
             self.save()
+        self.stop = StopRequest()  # of this rank
 
     def train_step(self):
         """One optimizer step. Returns what log.jsonl holds of it."""
@@ -845,7 +877,7 @@ class Run:
                 micro_loss = self.ddp(x, y) / self.micro_steps
             self.scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
-        lr = learning_rate(self.step, self.config.schedule, self.agreed_seconds)
+        lr = learning_rate(self.step, self.config.schedule, self.seconds)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
@@ -854,20 +886,18 @@ class Run:
                     group["momentum"] = muon_momentum(self.step, recipe)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip or math.inf)
         loss, norm = torch.stack((loss, norm)).tolist()  # the step's one read from the device
-        seconds = self.seconds + self.is_warm * (time.time() - started)
-        first_seconds = seconds * world.size * (world.rank == 0)  # their mean is rank 0's
-        numbers = loss, norm, self.stop.time is not None, first_seconds
-        loss, norm, stop, self.agreed_seconds = world.mean(*numbers)  # and its one small all-reduce
-        is_finite = math.isfinite(norm)
+        is_finite = math.isfinite(norm)  # on all ranks alike, for they have the same gradients
         for optimizer in self.optimizers:
             if is_finite:  # scaler.step would decide for each optimizer alone
                 optimizer.step()
             optimizer.zero_grad()
         self.scaler.update()
+        numbers = loss, self.stop.time is not None, time.time() - started
+        loss, stop, seconds = world.mean(*numbers)  # the step's one small all-reduce
+        tokens = recipe.total_batch_size
         self.skipped = 0 if is_finite else self.skipped + 1
         self.stopped = stop > 0
         self.step += 1
-        seconds, tokens = time.time() - started, recipe.total_batch_size
         self.seconds += self.is_warm * seconds
         self.timed_steps += self.is_warm
         self.is_warm = True
@@ -882,7 +912,7 @@ class Run:
 
     def is_over(self):
         schedule = self.config.schedule
-        return self.step >= schedule.max_steps or 0 < 60 * schedule.max_minutes <= self.agreed_seconds
+        return self.step >= schedule.max_steps or 0 < 60 * schedule.max_minutes <= self.seconds
 
     def is_due(self, every):
         """Whether it is time for what is done every so many steps (0: never) and after the last."""
@@ -894,7 +924,7 @@ class Run:
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "batch_size": self.batch_size, "dtype": [self.world.device_type, str(self.dtype)[6:]],
                 "seconds": self.seconds, "timed_steps": self.timed_steps, "skipped": self.skipped,
-                "run_id": self.run_id}
+                "run_id": self.run_id, "fingerprint": self.fingerprint}
 
     def save(self):
         """Writes a checkpoint of this step, unless there is one. If the disk refuses, training goes on."""
@@ -983,7 +1013,18 @@ class StopRequest:
 # starting a run: a new one, or one that goes on from a checkpoint
 
 # the flags that a resumed run may change: a flag stands in its group for this reason
-MAY_CHANGE = {flag.name for group in (ScheduleFlags, EvaluationFlags, SystemFlags) for flag in fields(group)}
+MAY_CHANGE = {flag.name for group in (ScheduleFlags, EvaluationFlags, SystemFlags) for flag in fields(group)} | {"data"}
+
+
+def check_out_dir(out_dir):
+    """Raises UserError where nothing can be written: before the work of starting, and before anything is made."""
+    path = Path(out_dir).absolute()
+    while not path.exists():
+        path = path.parent
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"--out_dir {out_dir}: nothing can be written there ({error.strerror}); choose another") from None
 
 
 def read_flags(argv):
@@ -997,17 +1038,24 @@ def read_flags(argv):
     return config, given
 
 
-def resumed_config(config, given, own):
+def resumed_config(config, given, own, checkpoint, notes):
     """`own`, the config of a run that goes on, with the flags of `config` that were given and may change."""
     values, own_values = config.flat(), own.flat()
     for name in given - MAY_CHANGE - {"out_dir", "resume", "resume_from"}:
         new, old = values[name], own_values[name]
-        is_same_path = name == "data" and os.path.realpath(new) == os.path.realpath(old)
-        if new != old and not is_same_path:
+        if new != old:
             raise UserError(f"--{name} {new}: the run in {own.setup.out_dir} has {old}, and a resumed run cannot "
                             f"change it; leave the flag out, or start a new run with another --out_dir")
-    changes = {name: values[name] for name in given & MAY_CHANGE}
-    return own.update({"batch_size": "auto", **changes, "out_dir": config.setup.out_dir})
+    step = checkpoint.state["step"] if checkpoint else 0
+    last_lr = learning_rate(step - 1, own.schedule) if step else math.inf
+    own.update({"batch_size": "auto", **{name: values[name] for name in given & MAY_CHANGE}, "out_dir": config.setup.out_dir})
+    if not os.path.exists(own.setup.data):
+        raise UserError(f"{own.setup.data}, the run's data, is not there; if it was moved, name its new place by --data")
+    lr = learning_rate(step, own.schedule)
+    if lr > 2 * last_lr and step >= own.schedule.warmup_steps:
+        notes.append(f"the learning rate jumps from {last_lr:.1e} back to {lr:.1e}, for the run had decayed already: "
+                     "--resume_from a checkpoint before its decay wastes less")
+    return own
 
 
 def config_to_start_again(setup, world, notes):
@@ -1053,6 +1101,8 @@ def new_model(config):
     torch.manual_seed(config.recipe.seed)
     if setup.init_from == "scratch":
         tokenizer = fineweb.get_tokenizer(setup.tokenizer)
+        if tokenizer.vocab_size > 65536:
+            raise UserError(f"--tokenizer {setup.tokenizer}: it has {tokenizer.vocab_size} ids, more than 65536")
         values = vars(flags) | {"vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
         return GPT(GPTConfig(**values)), tokenizer
     model, tokenizer = open_model(setup.init_from, dropout=flags.dropout, block_size=flags.block_size)
@@ -1160,11 +1210,13 @@ def print_summary(run, notes):
     lengths = [f"{minutes:g} minutes of training"] if minutes else []
     lengths += [f"{steps:,} steps, {steps * tokens / train:.2f} times through the data"] if steps < NO_LIMIT else []
     length = " or ".join(lengths)
+    is_new = setup.init_from == "scratch"
+    name = setup.preset if is_new else f"{setup.init_from}, fine-tuned by the recipe of {setup.preset}"
     if model_type_of(run.model.config) == OWN_TYPE:
         notes.append("Transformers has no such mixture of parts: only this script will read the checkpoints")
     lines = [
         f"data    {setup.data}: {train:,} tokens to train on, {val:,} to validate, {setup.tokenizer} (--data)",
-        f"model   {setup.preset}: {run.model.num_parameters():,} parameters (--preset, --init_from)",
+        f"model   {name}: {run.model.num_parameters():,} parameters (--preset, --init_from)",
         f"device  {world.size} x {world.device_type}, {str(run.dtype)[6:]}, {compiled} (--device, --dtype, --compile)",
         f"batch   {tokens:,} tokens a step = {world.size} device(s) x {run.micro_steps} micro-step(s) x "
         f"{run.batch_size} sequence(s) x {T} tokens (--total_batch_size, --batch_size)",
@@ -1199,26 +1251,26 @@ def validate(model, corpus, tokens, batch_size, world, dtype, token_bytes):
 
 def log_validation(run):
     tokens = run.config.evaluation.eval_tokens
-    loss, bpb = validate(run.model, run.val_data, tokens, run.batch_size, run.world, run.dtype, run.token_bytes)
+    loss, bpb = validate(run.model, run.val_data, tokens, run.batch_size, run.world, run.dtype,
+                         run.tokenizer.token_bytes())
     perplexity = math.exp(min(loss, 700))
+    checkpoints = list_checkpoints(run.config.setup.out_dir)
+    if run.world.rank == 0 and run.saved_step == run.step and loss < run.log.best("loss", checkpoints):
+        point_to(checkpoints[run.step], "best")
+        delete_old_checkpoints(run)
     run.log.write("val", run.step, loss=loss, perplexity=perplexity, bpb=bpb)
-    if run.saved_step == run.step and loss < run.log.best_saved_loss:
-        run.log.best_saved_loss = loss
-        if run.world.rank == 0:
-            point_to(list_checkpoints(run.config.setup.out_dir)[run.step], "best")
-            delete_old_checkpoints(run)
     run.print(f"validation loss {loss:.4f}, perplexity {perplexity:,.2f}, {bpb:.4f} bits per byte  "
-              f"(best loss {run.log.best_loss:.4f})")
+              f"(best loss {run.log.best('loss'):.4f})")
 
 
 def log_end(run):
     """The figures of a finished run, for a script to read: the last line of log.jsonl, and a line each here."""
     tokens, flops, device_type = run.config.recipe.total_batch_size, flops_per_token(run.model), run.world.device_type
     peak, speed = peak_flops(device_type), run.timed_steps * tokens / max(run.seconds, 1e-9)
-    last = run.log.last_val
+    last = run.log.vals[-1] if run.log.vals else {}
     numbers = {
-        "val_loss": last.get("loss"), "val_bpb": last.get("bpb"), "best_val_loss": run.log.best_loss,
-        "best_val_bpb": run.log.best_bpb, "tokens": run.step * tokens, "training_seconds": run.seconds,
+        "val_loss": last.get("loss"), "val_bpb": last.get("bpb"), "best_val_loss": run.log.best("loss"),
+        "best_val_bpb": run.log.best("bpb"), "tokens": run.step * tokens, "training_seconds": run.seconds,
         "total_seconds": time.time() - STARTED, "tokens_per_second": speed,
         "mfu": flops * speed / (peak * run.world.size) if peak else None,
         "peak_memory_gb": peak_memory(device_type) / 1e9, "parameters": run.model.num_parameters(),
@@ -1237,15 +1289,16 @@ def stream_text(model, tokenizer, flags, generator):
         raise UserError(f"the prompt has token {max(ids)}, the model a vocabulary of {model.config.vocab_size}: give "
                         "it the tokenizer that it was trained with")
     prompt = torch.tensor([ids], device=generator.device)
-    shown = tokenizer.decode(ids)  # some decoders drop a text's first space: what is new is found by decoding all
+    shown = tokenizer.decode(ids)  # of `ids`: some decoders drop a text's first space, so what came before is decoded too
     for token in model.stream(prompt, flags.max_new_tokens, flags.temperature, flags.top_k, generator):
-        if token.item() == model.config.eot:
+        if token.item() in model.end_ids:
             break
         ids.append(token.item())
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):  # else a character's other bytes are still to come
             yield text[len(shown):]
-            shown = text
+            ids = ids[-8:]
+            shown = tokenizer.decode(ids)
     yield tokenizer.decode(ids)[len(shown):]
 
 
@@ -1367,18 +1420,15 @@ def fsync_all(folder):
 def load_state(folder, mmap=False):
     """A checkpoint's train_state.pt (see `Run.state_dict`) and its config. Raises UserError."""
     path = Path(folder) / "train_state.pt"
+    if not path.exists():
+        raise UserError(f"{path}: not there, so this is no checkpoint; a model alone is fine-tuned by --init_from")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         return state, TrainConfig(model=GPTConfig()).update(state["config"])
-    except Exception as error:  # zip, pickle and key errors of a damaged file, or there is none
-        check_reading(error)
-        raise UserError(f"{path}: damaged, or not that of a checkpoint ({one_line(error)})") from None
-
-
-def check_reading(error):
-    """Raises the error again where it may not come again: a file that could not be read now is not a damaged one."""
-    if isinstance(error, (OSError, MemoryError)) and not isinstance(error, FileNotFoundError):
-        raise error
+    except (OSError, MemoryError):  # what cannot be read now is not damaged
+        raise
+    except Exception as error:  # zip, pickle and key errors
+        raise UserError(f"{path}: damaged, or of another version of this script ({one_line(error)})") from None
 
 
 def load_checkpoint(folder):
@@ -1429,13 +1479,7 @@ class RunLog:
         about = {"kind": "config", "run_id": run.run_id, **run.config.flat()}
         # This step's validation and samples are made again; its training line stays.
         lines = [line for line in lines if line.get("step", 0) < run.step + (line["kind"] == "train")] or [about]
-        vals = [line for line in lines if line["kind"] == "val"]
-        self.last_val = {}
-        saved = list_checkpoints(out_dir).keys()
-        self.best_saved_loss = min((line["loss"] for line in vals if line["step"] in saved and line["loss"]),
-                                   default=math.inf)
-        self.best_loss = min((line["loss"] for line in vals if line["loss"]), default=math.inf)  # None: not finite
-        self.best_bpb = min((line["bpb"] for line in vals if line.get("bpb")), default=math.inf)
+        self.vals = [line for line in lines if line["kind"] == "val"]
         self.is_active = run.world.rank == 0
         self.wandb = self.tensorboard = None
         if not self.is_active:
@@ -1453,14 +1497,13 @@ class RunLog:
         self.file = open(self.path, "a")
 
     def write(self, kind, step, **values):
-        if kind == "val":
-            self.last_val = values
-            self.best_loss, self.best_bpb = min(self.best_loss, values["loss"]), min(self.best_bpb, values["bpb"])
-        if not self.is_active:
-            return
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 values[name] = None  # JSON has no nan
+        if kind == "val":
+            self.vals.append({"step": step, **values})
+        if not self.is_active:
+            return
         try:
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self.file.flush()
@@ -1472,6 +1515,11 @@ class RunLog:
         if self.tensorboard:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, step)
+
+    def best(self, name, steps=None):
+        """The least validation loss or bpb so far; of these steps only."""
+        found = [line[name] for line in self.vals if line.get(name) and (steps is None or line["step"] in steps)]
+        return min(found, default=math.inf)
 
     def close(self):
         if self.is_active:
@@ -1534,6 +1582,8 @@ class World:
         hellaswag.check_device(self.device)
         if self.device_type == "cuda":
             torch.cuda.set_device(self.device)
+        if self.device_type == "cpu":
+            keep_freed_memory()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # what stays float32 on a GPU
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -1564,6 +1614,14 @@ class World:
     def close(self):
         if self.distributed:
             dist.destroy_process_group()
+
+
+def keep_freed_memory():
+    """Lets glibc use freed memory again, not return it to the system, which gives it back page by page, and slowly."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large array
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def check_restarts(resume):
@@ -1746,6 +1804,18 @@ def hf_tensors(model, model_type):
                 yield f"{prefix}{hf_module}.{kind}", part
 
 
+def keep_special_tokens(model, folder):
+    """Notes for `save_pretrained` what belongs to a Transformers model but not to GPTConfig."""
+    hf = json.loads((folder / "config.json").read_text())
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.hf_extras["config.json"] = {name: hf[name] for name in names if hf.get(name) is not None}
+    if isinstance(hf.get("eos_token_id"), list):
+        model.end_ids = hf["eos_token_id"]
+    path = folder / "generation_config.json"
+    if path.exists():
+        model.hf_extras[path.name] = json.loads(path.read_text())
+
+
 def load_model_weights(model, folder, model_type):
     """Fills the model from the folder's safetensors. Raises UserError for what is missing, misshapen or left over."""
     from safetensors.torch import load_file
@@ -1756,8 +1826,9 @@ def load_model_weights(model, folder, model_type):
     for file in files:
         try:
             stored |= load_file(file)
+        except (OSError, MemoryError):
+            raise
         except Exception as error:
-            check_reading(error)
             raise UserError(f"{file}: not a whole safetensors file ({one_line(error)}); take another copy") from None
     for name, tensor in hf_tensors(model, model_type):
         name = name if name in stored else name.removeprefix("transformer.")  # as OpenAI's file on the hub has it
@@ -1769,6 +1840,7 @@ def load_model_weights(model, folder, model_type):
         if value.shape != tensor.shape:
             raise UserError(f"{folder}: {name} has shape {list(value.shape)}, by config.json {list(tensor.shape)}")
         tensor.copy_(value)
+    keep_special_tokens(model, folder)
     for name in stored:
         is_derived = name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))  # in old files
         if not is_derived and not (model.config.tied and name == "lm_head.weight"):
@@ -1784,7 +1856,7 @@ def open_model(name_or_folder, **overrides):
         return model, fineweb.get_tokenizer(name)
     gpt2 = fineweb.get_tokenizer("gpt2")
     if any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
-        tokenizer = fineweb.get_tokenizer(str(folder))
+        tokenizer = fineweb.FolderTokenizer(folder)
         is_gpt2s = tokenizer.vocab_size == gpt2.vocab_size and tokenizer.equals(gpt2)
         return model, gpt2 if is_gpt2s else tokenizer
     if model.config.vocab_size != gpt2.vocab_size:
@@ -1797,6 +1869,8 @@ def open_model(name_or_folder, **overrides):
 def train(argv):
     world = World()
     run = None
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # until the first step Ctrl-C ends the program at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         run = Run(argv, world)
         training_loop(run)
@@ -1925,7 +1999,10 @@ def plot(argv):
         axis.set(xlabel=flags.x, ylabel=label)
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(flags.output, dpi=150)
+    try:
+        figure.savefig(flags.output, dpi=150)
+    except (OSError, ValueError) as error:  # no such folder, no such kind of picture
+        raise UserError(f"--output {flags.output}: {one_line(error)}") from None
     print(f"wrote {flags.output}")
 
 

@@ -282,3 +282,26 @@ def test_reads_untied_heads_and_other_widths(tmp_path):
     idx = torch.randint(0, 70, (2, 16))
     with torch.no_grad():
         assert relative(ours(idx), theirs(idx).logits) < 1e-4
+
+
+def test_short_texts_attend_in_float32_in_training_on_a_cpu(monkeypatch):
+    """A CPU's backward pass in bfloat16 takes ever the same time for a head, however short the text."""
+    seen = []
+
+    def spy(q, k, v, known=F.scaled_dot_product_attention, **options):
+        seen.append(q.dtype)
+        return known(q, k, v, **options)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=512, vocab_size=64, rope=True, qk_norm=True))
+    idx = torch.randint(64, (1, 512))
+    with torch.autocast("cpu", torch.bfloat16):
+        for T in (64, 256, 512):
+            model(idx[:, :T], idx[:, :T]).backward()
+        with torch.no_grad():
+            model(idx[:, :64])
+    assert seen[:2] == [torch.float32, torch.float32] and len(seen) == 4
+    exact = GPT(model.config)
+    exact.load_state_dict(model.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(idx[:, :64], idx[:, 1:65])
+    assert loss.item() == pytest.approx(exact(idx[:, :64], idx[:, 1:65]).item(), abs=1e-2)
