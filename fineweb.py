@@ -12,6 +12,7 @@ validation, the rest for training. A run that died continues when it is started 
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import dataclasses
 import functools
 import glob
@@ -225,6 +226,9 @@ class ByteTokenizer:
         parts = [END_OF_TEXT.encode() if i == self.eot else bytes([i]) for i in ids]
         return b"".join(parts).decode("utf-8", "replace")
 
+    def encode_array(self, text):
+        return np.array(self.encode(text), dtype="<u2")
+
     def token_bytes(self):
         return np.array(256 * [1] + [0])
 
@@ -257,6 +261,8 @@ class FolderTokenizer:
         text = without_lone_surrogates(text)
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
 
+    encode_array = ByteTokenizer.encode_array
+
     def decode(self, ids):
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
@@ -277,13 +283,6 @@ class FolderTokenizer:
     def save_pretrained(self, folder):
         self.tokenizer.save_pretrained(folder)
 
-    def equals(self, gpt2):
-        """Whether this is GPT-2's tokenizer, which OpenAI's own folders do not name."""
-        with open(gpt2_files()[1], encoding="utf-8") as f:
-            same_ids = self.tokenizer.get_vocab() == json.load(f)
-        probe = "It's  2019, don't\n you know?"
-        return same_ids and self.encode(probe) == gpt2.encode(probe)
-
 
 def get_tokenizer(name):
     """`name`: "gpt2", "byte", or a folder with Transformers tokenizer files. The result has name, eot (the id of
@@ -297,6 +296,31 @@ def get_tokenizer(name):
     if os.path.isdir(name):
         return FolderTokenizer(name)
     raise UserError(f"tokenizer {str(name)!r}: not gpt2, byte, or a folder with a tokenizer in it")
+
+
+def new_tokenizer(name):
+    """`get_tokenizer` for new shards and new models. Raises UserError where ids do not fit a shard's 16 bits."""
+    tokenizer = get_tokenizer(name)
+    if tokenizer.vocab_size > 65536:
+        raise UserError(f"--tokenizer {name}: has {tokenizer.vocab_size} ids, shards hold 65536")
+    return tokenizer
+
+
+def same_tokenizer(one, other):
+    """Whether two tokenizers give the same ids, whatever their folders are called."""
+    if one.vocab_size != other.vocab_size or one.eot != other.eot:
+        return False
+    probe = "It's  2019, don't\n you know? " + " ".join(other.decode([i]) for i in range(0, other.vocab_size, 7))
+    return np.array_equal(one.token_bytes(), other.token_bytes()) and one.encode(probe) == other.encode(probe)
+
+
+def open_shard_tokenizer(folder):
+    """The tokenizer of a folder of shards: as its manifest says; without one GPT-2's. Raises UserError."""
+    name = (read_manifest(folder) or {}).get("tokenizer", "gpt2")
+    copy = os.path.join(folder, "tokenizer")
+    tokenizer = get_tokenizer(copy if os.path.isdir(copy) else name)
+    tokenizer.name = name
+    return tokenizer
 
 
 # -----------------------------------------------------------------------------
@@ -370,6 +394,8 @@ def write_shard(path, tokens):
 def read_shard(path):
     """The tokens of one shard: 1-D uint16, memory-mapped. Raises UserError, naming the file, if it is not a shard."""
     remedy = "fetch it again, or delete it and run fineweb.py again"
+    if str(path).endswith(".bin"):
+        return read_bin(path)
     try:
         tokens = np.load(path, mmap_mode="r")
     except FileNotFoundError:
@@ -381,11 +407,39 @@ def read_shard(path):
     return tokens
 
 
+def read_bin(path):
+    """The same of nanoGPT's .bin, bare ids, or of llm.c's and modded-nanogpt's, with a header of 256 int32: magic number,
+    version and number of tokens."""
+    size = os.path.getsize(path)
+    if size == 0 or size % 2:
+        raise UserError(f"{path}: {'an odd number of bytes' if size else 'empty'}, so not whole; fetch it again")
+    tokens = np.memmap(path, dtype="<u2", mode="r")
+    header = np.frombuffer(tokens[:6].tobytes().ljust(12), dtype="<i4").tolist()
+    if header[0] == 20240801:
+        raise UserError(f"{path}: ids of Llama 3's vocabulary in uint32; only GPT-2's uint16 are supported")
+    if header[0] != 20240520:
+        return tokens
+    if header[1] != 1:
+        raise UserError(f"{path}: of version {header[1]}; only version 1, GPT-2's tokens in uint16, is supported")
+    tokens = tokens[512:]
+    if len(tokens) != header[2]:
+        raise UserError(f"{path}: holds {len(tokens):,} tokens, its header says {header[2]:,}; fetch it again")
+    return tokens
+
+
 def list_shards(folder, split):
-    """Sorted paths of the "train" or "val" shards in a folder, whoever made them; empty if it holds none."""
-    pattern = re.compile(rf"(^|.*[_-]){split}([_-].*)?\.npy")
+    """Sorted paths of the "train" or "val" shards in a folder, whoever made them; empty if it holds none. Where there are
+    both, .npy files go before other trainers' .bin. Raises UserError for nanoGPT's characters."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(os.path.join(folder, name) for name in names if pattern.fullmatch(name) and name[0] != ".")
+    for kind in ("npy", "bin"):
+        pattern = re.compile(rf"(^|.*[_-]){split}([_-].*)?\.{kind}")
+        paths = sorted(os.path.join(folder, name) for name in names if pattern.fullmatch(name) and name[0] != ".")
+        if paths and kind == "bin" and "meta.pkl" in names:
+            raise UserError(f"{folder}/meta.pkl: nanoGPT's ids of characters, not GPT-2's tokens; give the text itself, "
+                            "its input.txt, to train_gpt2.py --data")
+        if paths:
+            return paths
+    return []
 
 
 def read_manifest(folder):
@@ -415,11 +469,12 @@ Place = collections.namedtuple("Place", "file row char")  # where in a source a 
 
 @dataclasses.dataclass
 class Config:
-    files: tuple[str, ...] = ()  # local files: .txt (one document each), .jsonl, .csv (all also .gz, .zst), .parquet
+    files: tuple[str, ...] = ()  # local files or folders: .txt, .md (a document each), .jsonl, .csv, .parquet, ... [.gz, .zst]
     dataset: str = "HuggingFaceFW/fineweb-edu"  # a data set on the Hugging Face hub, or a folder
     name: str | None = None  # its configuration; for FineWeb-Edu sample-10BT if not given
     split: str = "train"  # its split
-    text_field: str = "text"  # the field that holds a document's text
+    text_field: str = "text"  # the field that holds a document's text; meta.text in records within records
+    tokenizer: str = "gpt2"  # gpt2, byte, or a folder with a Transformers tokenizer of up to 65,536 ids
     streaming: bool = True  # read the data set while it downloads; --no_streaming keeps a copy of it
     out: str = DEFAULT_OUT  # folder for the shards
     shard_size: int = 100_000_000  # tokens in a shard, two bytes of memory each
@@ -491,13 +546,38 @@ def cut_document(document, source, row, field):
     yield start, text
 
 
+def text_of(record, field, source, row):
+    """record[field]; with dots in the field, and no such key, of the records within. Raises UserError."""
+    value = record
+    for name in [field] if isinstance(record, dict) and field in record else field.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise no_field(source, row, field, record if isinstance(record, dict) else {})
+        value = value[name]
+    return value
+
+
 def no_field(source, row, field, fields):
     shown = ", ".join(map(str, fields)) or "none"
     return UserError(f"{source}: row {row + 1}: no field {field!r}, only {shown}; name the right one with --text_field")
 
 
+PLAIN_TEXT = ("txt", "md", "rst", "tex", "html", "xml")
+ROWS = ("jsonl", "ndjson", "json", "csv", "tsv")
+ARCHIVES = {".zip": "unzip", ".tar": "tar -xf", ".tar.gz": "tar -xf", ".tgz": "tar -xf", ".tar.zst": "tar -xf", ".7z": "7z x",
+            ".bz2": "bunzip2", ".xz": "unxz"}
+LONGEST_ROW = 1 << 24  # characters of a CSV file's row, or of a field in it
+
+
 def is_known(path):
-    return re.search(r"\.parquet$|\.(txt|jsonl|csv)(\.gz|\.zst)?$", path.lower()) is not None
+    return re.search(rf"\.parquet$|\.({'|'.join(PLAIN_TEXT + ROWS)})(\.gz|\.zst)?$", path.lower()) is not None
+
+
+def refuse_kind(path):
+    for ending, command in ARCHIVES.items():
+        if path.lower().endswith(ending):
+            raise UserError(f"{path}: an archive; unpack it first: {command} {shlex.quote(path)}")
+    kinds = ", ".join(f".{kind}" for kind in PLAIN_TEXT + ROWS)
+    raise UserError(f"{path}: unknown kind of file, not .parquet, {kinds} (also .gz, .zst)")
 
 
 def expand(pattern):
@@ -532,7 +612,7 @@ class LocalFiles:
             raise UserError(f"{self.description}: no such file")
         for path in self.paths:
             if not is_known(path):
-                raise UserError(f"{path}: unknown kind of file, not .parquet, .txt, .jsonl or .csv (also .gz, .zst)")
+                refuse_kind(path)
         self.sizes = [os.path.getsize(path) for path in self.paths]
         self.field = config.text_field
         self.settings = {"files": [list(pair) for pair in zip(self.paths, self.sizes)], "text_field": self.field}
@@ -553,7 +633,8 @@ class LocalFiles:
 
     def texts(self, first, state):
         """Yields (place, None, text) from the place `first` on. A file that was left off is read from its beginning."""
-        readers = {"txt": self.read_txt, "jsonl": self.read_jsonl, "csv": self.read_csv, "parquet": self.read_parquet}
+        readers = {"json": self.read_json, "csv": self.read_csv, "tsv": self.read_csv, "parquet": self.read_parquet,
+                   **dict.fromkeys(("jsonl", "ndjson"), self.read_lines), **dict.fromkeys(PLAIN_TEXT, self.read_txt)}
         for file in range(first.file, len(self.paths)):
             self.file = file
             path = self.paths[file]
@@ -585,45 +666,70 @@ class LocalFiles:
         with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as stream:
             yield 0, stream
 
-    def read_jsonl(self, path):
+    def read_json(self, path):
+        """An array, which is read whole, or lines."""
+        with self.open(path) as file:
+            if file.peek(1000).lstrip()[:1] == b"[":
+                records = load_json(file.read(), path, 0)
+                yield from ((row, text_of(record, self.field, path, row)) for row, record in enumerate(records))
+                return
+        yield from self.read_lines(path)
+
+    def read_lines(self, path):
         with self.open(path) as lines:
             for row, line in enumerate(lines):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:  # the latter: too many brackets in one another
-                    raise UserError(f"{path}: row {row + 1}: not JSON: {error}") from None
-                fields = record if isinstance(record, dict) else {}
-                if self.field not in fields:
-                    raise no_field(path, row, self.field, fields)
-                yield row, fields[self.field]
+                if line.strip():
+                    yield row, text_of(load_json(line, path, row), self.field, path, row)
 
     def read_csv(self, path):
-        import pyarrow
-        from pyarrow import csv
-        with self.open(path) as file:
+        stream = io.TextIOWrapper(self.open(path), encoding="utf-8-sig", newline="")
+        csv.field_size_limit(LONGEST_ROW)
+        rows = csv.reader(bounded_lines(stream), delimiter="\t" if ".tsv" in path.lower()[-8:] else ",", strict=True)
+        row = -1  # the header
+        with stream:
             try:
-                batches = csv.open_csv(
-                    file, csv.ReadOptions(block_size=1 << 24, use_threads=False),  # bytes: no row can be longer
-                    csv.ParseOptions(newlines_in_values=True),
-                    csv.ConvertOptions(include_columns=[self.field], column_types={self.field: pyarrow.string()}))
-            except KeyError:
-                raise UserError(f"{path}: row 1: no column {self.field!r}; name another with --text_field") from None
-            yield from enumerate(values_of(batches))
+                header = next(rows, [])
+                if self.field not in header:
+                    raise no_field(path, 0, self.field, header)
+                column = header.index(self.field)
+                for fields in rows:
+                    if not fields:  # an empty line
+                        continue
+                    row += 1
+                    if len(fields) != len(header):
+                        raise UserError(f"{path}: row {row + 1}: has {len(fields)} fields, the header {len(header)}")
+                    yield row, fields[column]
+            except csv.Error as error:
+                known = {"unexpected end of data": "a quote is opened and never closed"}
+                problem = f"longer than {LONGEST_ROW:,} characters; a quote may be open" if "limit" in str(error) else error
+                raise UserError(f"{path}: row {row + 2}: {known.get(str(error), problem)}") from None
 
     def read_parquet(self, path):
         from pyarrow import parquet
         with self.open(path) as file:
             table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # else a row group is read whole
-            if self.field not in table.schema_arrow.names:
-                raise no_field(path, 0, self.field, table.schema_arrow.names)
-            yield from enumerate(values_of(table.iter_batches(64, columns=[self.field])))
+            names, row = table.schema_arrow.names, 0
+            if self.field not in names + [column.path for column in table.schema]:
+                raise no_field(path, row, self.field, names)
+            for batch in table.iter_batches(64, columns=[self.field]):
+                for record in batch.to_pylist():
+                    yield row, text_of(record, self.field, path, row)
+                    row += 1
 
 
-def values_of(batches):
-    for batch in batches:
-        yield from batch.column(0).to_pylist()
+def load_json(data, path, row):
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:  # the latter: too many brackets in one another
+        raise UserError(f"{path}: row {row + 1}: not JSON: {error}") from None
+
+
+def bounded_lines(stream):
+    """Its lines. Raises csv.Error for one that is too long to be held."""
+    while line := stream.readline(LONGEST_ROW):
+        if len(line) == LONGEST_ROW:
+            raise csv.Error("beyond the limit")
+        yield line
 
 
 class HubDataset:
@@ -645,8 +751,10 @@ class HubDataset:
                                          streaming=self.config.streaming)
         except Exception as error:  # it raises nearly every kind
             raise UserError(f"{self.description}: cannot be opened: {one_line(error)}") from None
-        if self.field in (data.column_names or ()):  # some data sets do not tell before the first row
-            data = data.select_columns([self.field])
+        for name in (self.field, self.field.split(".")[0]):
+            if name in (data.column_names or ()):  # some data sets do not tell before the first row
+                data = data.select_columns([name])
+                break
         return data.with_format("arrow")
 
     @property
@@ -685,9 +793,8 @@ class HubDataset:
                                 "the same command continues") from None
             if table is None:
                 return
-            if self.field not in table.column_names:
-                raise no_field(self.description, self.row, self.field, table.column_names)
-            for row, document in enumerate(table.column(self.field).to_pylist(), self.row):
+            for row, record in enumerate(table.to_pylist(), self.row):
+                document = text_of(record, self.field, self.description, row)
                 for char, text in cut_document(document, self.description, row, self.field):
                     place = Place(0, row, char)
                     if place >= first:
@@ -701,8 +808,7 @@ class HubDataset:
 # tokenizing: groups of texts go to worker processes and come back in order
 
 CHARS_PER_TASK = 1 << 17
-END_OF_TEXT_ARRAY = np.array([GPT2Tokenizer.eot], dtype="<u2")
-worker_tokenizer = None  # GPT-2's, in a worker process
+worker_tokenizer = None  # in a worker process
 
 
 def start_worker(tokenizer):
@@ -720,11 +826,12 @@ def tokenize(texts):
     """In a worker process: [(whether it begins a document, text)] -> (the tokens of all, a uint16 array; the number of
     tokens of each; bytes of text, in UTF-8)."""
     arrays, counts = [], []
+    end_of_text = np.array([worker_tokenizer.eot], dtype="<u2")
     num_bytes = 0
     for begins_document, text in texts:
         ids = worker_tokenizer.encode_array(text)
         if begins_document:
-            arrays.append(END_OF_TEXT_ARRAY)
+            arrays.append(end_of_text)
         arrays.append(ids)
         counts.append(len(ids) + begins_document)
         num_bytes += len(text.encode("utf-8", "surrogatepass"))
@@ -747,12 +854,12 @@ def group_texts(items):
         yield places, texts
 
 
-def tokenize_in_order(source, end, workers, context):
+def tokenize_in_order(source, tokenizer, end, workers, context):
     """Yields (places, the fraction of the source that was read by then, the future of what tokenize returns for their
     texts) in the source's order. Begins with the text in which a shard ended: `end` is its entry in the manifest."""
     context = multiprocessing.get_context(context)
     waiting = collections.deque()
-    with concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (get_tokenizer("gpt2"),)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (tokenizer,)) as pool:
         for places, texts in group_texts(source.texts(Place(*end["place"]), end["state"])):
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in a worker that starts, until it ignores it
             try:
@@ -776,9 +883,10 @@ class ShardWriter:
     """Cuts a stream of tokens into shards and keeps the manifest. A shard is published, that is written to the disk and
     entered into the manifest, when the first token after it arrives: until then it may be all there is."""
 
-    def __init__(self, folder, manifest):
+    def __init__(self, folder, manifest, tokenizer):
         self.folder = folder
         self.manifest = manifest
+        self.eot = tokenizer.eot
         self.shards = manifest["shards"]
         self.num_tokens = sum(shard["tokens"] for shard in self.shards)  # written in all
         self.max_tokens = manifest["settings"]["max_tokens"] or sys.maxsize
@@ -812,7 +920,7 @@ class ShardWriter:
         path = os.path.join(self.folder, name)
         write_shard(path, tokens)
         parts = np.array_split(tokens, 64)  # a mask of all of them would take some memory
-        num_documents = sum(int(np.count_nonzero(part == GPT2Tokenizer.eot)) for part in parts)
+        num_documents = sum(int(np.count_nonzero(part == self.eot)) for part in parts)
         self.shards.append({"name": name, "tokens": len(tokens), "documents": num_documents,
                             "sha256": sha256_of(path), "end": self.end})
         self.save_manifest()
@@ -828,7 +936,7 @@ class ShardWriter:
         """To be called after the last token."""
         tokens = self.buffer[:self.filled]
         if not self.shards:
-            cut = validation_size(tokens)
+            cut = validation_size(tokens, self.eot)
             self.end = None  # there is no continuing after the first of the two: they stay or go together
             self.publish(tokens[:cut])
             self.publish(tokens[cut:])
@@ -838,12 +946,12 @@ class ShardWriter:
         self.save_manifest()
 
 
-def validation_size(tokens):
+def validation_size(tokens, eot):
     """How many tokens of an only shard are for validation: about 10%, up to a document's beginning if there is one."""
     if len(tokens) < 2:
         raise UserError("the source holds a single token, too little for a validation and a training shard")
     tenth = max(1, len(tokens) // 10)
-    starts = np.flatnonzero(tokens[1:len(tokens) // 2 + 1] == GPT2Tokenizer.eot) + 1
+    starts = np.flatnonzero(tokens[1:len(tokens) // 2 + 1] == eot) + 1
     if len(starts) == 0:
         return tenth
     return int(starts[np.argmin(abs(starts - tenth))])
@@ -863,14 +971,14 @@ def own_manifest(folder):
     return manifest
 
 
-def open_folder(folder, settings, description):
+def open_folder(folder, settings, description, tokenizer):
     """The manifest to continue in a folder, or a new one. A shard that is gone is made again, and all after it. Refuses
     to continue what was made with other settings."""
     manifest = own_manifest(folder)
     if not manifest or not manifest["shards"]:
         if manifest is None and (list_shards(folder, "train") or list_shards(folder, "val")):
             raise UserError(f"{folder}: shards without a manifest.json, of another program; choose another --out")
-        return {"tokenizer": "gpt2", "vocab_size": GPT2Tokenizer.vocab_size, "dataset": description,
+        return {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "dataset": description,
                 "settings": settings, "tokens": 0, "documents": 0, "complete": False, "shards": []}
     for name in [*settings, *manifest["settings"]]:
         old, new = manifest["settings"].get(name), settings.get(name)
@@ -904,11 +1012,11 @@ def check_disk(folder, num_tokens):
                         "of that are missing; free some space, choose another --out or a smaller --max_tokens")
 
 
-def write_shards(source, writer, workers, context, bar):
+def write_shards(source, writer, tokenizer, workers, context, bar):
     """Writes what is missing. Returns the bytes of text that were read for it."""
     skip = writer.end["tokens"]
     total_bytes = 0
-    with contextlib.closing(tokenize_in_order(source, writer.end, workers, context)) as batches:
+    with contextlib.closing(tokenize_in_order(source, tokenizer, writer.end, workers, context)) as batches:
         for places, fraction, future in batches:
             tokens, counts, num_bytes = future.result()
             writer.write(places, tokens, counts, skip)
@@ -931,23 +1039,28 @@ def build(config, context="spawn"):
     import tqdm
     source = LocalFiles(config) if config.files else HubDataset(config)
     settings = {**source.settings, "shard_size": config.shard_size, "max_tokens": config.max_tokens}
-    manifest = open_folder(config.out, settings, source.description)
+    if config.tokenizer != "gpt2":  # which the manifests of older folders do not name
+        settings["tokenizer"] = config.tokenizer
+    tokenizer = new_tokenizer(config.tokenizer)
+    manifest = open_folder(config.out, settings, source.description, tokenizer)
     shards = manifest["shards"]
     remark = " complete already"
     if not manifest["complete"]:
-        writer = ShardWriter(config.out, manifest)
+        writer = ShardWriter(config.out, manifest, tokenizer)
         expected = source.expected_tokens() or config.max_tokens
         if expected:
             expected = min(expected, writer.max_tokens)
             check_disk(config.out, max(0, expected - writer.num_tokens))
         lock = lock_folder(config.out)
+        if config.tokenizer not in ("gpt2", "byte"):  # the shards are of no use without it
+            tokenizer.save_pretrained(os.path.join(config.out, "tokenizer"))
         bar = tqdm.tqdm(desc=f"continuing after {len(shards)} shards" if shards else None, total=expected, unit="tok",
                         unit_scale=True, initial=writer.num_tokens, mininterval=0.1 if sys.stderr.isatty() else 10)
         started = time.time()
         kept = "complete shards are kept, the same command continues"
         try:
             with bar:
-                num_bytes = write_shards(source, writer, config.workers, context, bar)
+                num_bytes = write_shards(source, writer, tokenizer, config.workers, context, bar)
         except concurrent.futures.BrokenExecutor:
             raise UserError("a worker process died, perhaps for lack of memory; the same command continues, "
                             "also with fewer --workers") from None

@@ -700,24 +700,19 @@ def training_batches(corpus, start, batch_size, world, seed):
 NOT_PLAIN_TEXT = (".gz", ".zst", ".parquet", ".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 
 
-def shard_tokenizer(folder):
-    """The name of the tokenizer of a folder of shards; without a manifest they are other people's, of GPT-2's."""
-    return (fineweb.read_manifest(folder) or {}).get("tokenizer", "gpt2")
-
-
 def open_data(path, tokenizer, config):
     """The training and the validation corpus of a folder of shards or a text file, for a model of this GPTConfig.
     Raises UserError."""
     path = Path(path)
     maker = f"python fineweb.py --files {shlex.quote(str(path))} --out {shlex.quote(path.name.split('.')[0] + '_tokens')}"
     if path.is_dir():
-        name = shard_tokenizer(path)
-        if name != tokenizer.name:
-            raise UserError(f"{path} holds {name} tokens, but the model has its own tokenizer, {tokenizer.name}")
+        own = fineweb.open_shard_tokenizer(path)
+        if own.name != tokenizer.name and not fineweb.same_tokenizer(own, tokenizer):
+            raise UserError(f"{path} holds {own.name} tokens, but the model has its own tokenizer, {tokenizer.name}")
         splits = {split: fineweb.list_shards(path, split) for split in ("train", "val")}
         for split, shards in splits.items():
             if not shards:
-                raise UserError(f"{path}: no {split} shards (*_{split}_*.npy); of texts they are made by: {maker}")
+                raise UserError(f"{path}: no {split} shards (*_{split}_*.npy or .bin); of texts they are made by: {maker}")
     else:
         if path.suffix in (".npy", ".bin"):
             raise UserError(f"{path}: a shard; give the folder that holds it: --data {shlex.quote(str(path.parent))}")
@@ -1089,8 +1084,8 @@ def complete_config(config, given, notes):
         if shape_flags:
             raise UserError(f"--{min(shape_flags)}: --init_from takes its shape from the model; leave the flag out")
         config.update(FINE_TUNING, keep=given)
-    if has_shards:
-        wanted, setup.tokenizer = setup.tokenizer, shard_tokenizer(setup.data)
+    elif has_shards:
+        wanted, setup.tokenizer = setup.tokenizer, fineweb.open_shard_tokenizer(setup.data).name
         if "tokenizer" in given and wanted != setup.tokenizer:
             raise UserError(f"--tokenizer {wanted}: {setup.data} holds {setup.tokenizer} tokens")
 
@@ -1100,9 +1095,8 @@ def new_model(config):
     setup, flags = config.setup, config.model
     torch.manual_seed(config.recipe.seed)
     if setup.init_from == "scratch":
-        tokenizer = fineweb.get_tokenizer(setup.tokenizer)
-        if tokenizer.vocab_size > 65536:
-            raise UserError(f"--tokenizer {setup.tokenizer}: it has {tokenizer.vocab_size} ids, more than 65536")
+        has_shards = os.path.isdir(setup.data)
+        tokenizer = fineweb.open_shard_tokenizer(setup.data) if has_shards else fineweb.new_tokenizer(setup.tokenizer)
         values = vars(flags) | {"vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
         return GPT(GPTConfig(**values)), tokenizer
     model, tokenizer = open_model(setup.init_from, dropout=flags.dropout, block_size=flags.block_size)
@@ -1857,8 +1851,7 @@ def open_model(name_or_folder, **overrides):
     gpt2 = fineweb.get_tokenizer("gpt2")
     if any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         tokenizer = fineweb.FolderTokenizer(folder)
-        is_gpt2s = tokenizer.vocab_size == gpt2.vocab_size and tokenizer.equals(gpt2)
-        return model, gpt2 if is_gpt2s else tokenizer
+        return model, gpt2 if fineweb.same_tokenizer(tokenizer, gpt2) else tokenizer
     if model.config.vocab_size != gpt2.vocab_size:
         raise UserError(f"{name_or_folder}: no tokenizer files beside the model; save its tokenizer there")
     return model, gpt2

@@ -1,14 +1,20 @@
 """Files, folders and texts as users bring them: links, spellings, endless runs of one character, other programs' files."""
+import gzip
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 import fineweb
-from conftest import ROOT, run, spawn, wait_for
+from conftest import ROOT, SMALL, log_lines, losses, run, save_llama2_tokenizer, spawn, wait_for
+from conftest import refused as train_refused
 from test_fineweb import expected_stream, refused
 
 
@@ -131,3 +137,213 @@ def test_two_builds_into_one_folder(tmp_path):
     first.wait()
     run("fineweb.py", *command)
     run("fineweb.py", "--verify", tmp_path / "shards")
+
+
+# -----------------------------------------------------------------------------
+# CSV
+
+@pytest.mark.parametrize("name, separator", [("a.csv", ","), ("a.csv.gz", ","), ("a.tsv", "\t")])
+def test_a_quote_that_is_never_closed_is_told(name, separator, tmp_path):
+    rows = [f"{i}{separator}text {i}" for i in range(40)]
+    rows[2] = f'2{separator}"open'
+    data = "\n".join([f"id{separator}text", *rows]).encode() + b"\n"
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    said = refused("--files", tmp_path / name, "--out", tmp_path / "shards", "--workers", 1)
+    assert f"{name}: row 3: a quote is opened and never closed" in said
+    assert not (tmp_path / "shards").exists() or not fineweb.list_shards(tmp_path / "shards", "train")
+
+
+@pytest.mark.parametrize("data, says", [
+    (b'text\n"a"b\n', "row 1: "), (b"text\n" + b"x" * (1 << 24) + b"\n", "row 1: longer than 16,777,216 characters"),
+    (b'text\nfine\n"' + b"x y\n" * (1 + (1 << 22)) + b'"\n', "row 2: longer than 16,777,216 characters"),
+    (b"text\nfine\n" + b"x\xff\n", "not UTF-8"), (b"id\ttext\n1\tone\n", "no field 'text', only id\ttext")])
+def test_csv_that_is_none(data, says, tmp_path):
+    (tmp_path / "a.csv").write_bytes(data)
+    assert says in refused("--files", tmp_path / "a.csv", "--out", tmp_path / "shards", "--workers", 1)
+
+
+@pytest.mark.parametrize("last", ["", '"late\n'])
+def test_large_csv_rows_take_bounded_memory(last, tmp_path):
+    """120 MB in rows of 10 MB; and where a quote opens late nothing is read beyond the longest row."""
+    with open(tmp_path / "a.csv", "w") as f:
+        f.write("id,text\n")
+        for i in range(12):
+            f.write(f'{i},"{"some words " * 950_000}"\n')
+        f.write(last)
+    code = """if 1:
+        import resource, sys
+        sys.path.insert(0, sys.argv[1])
+        import fineweb
+        files = fineweb.LocalFiles(fineweb.Config(files=(sys.argv[2],)))
+        try:
+            print(sum(len(text) for _, _, text in files.texts(fineweb.Place(0, 0, 0), None)))
+        except fineweb.UserError as error:
+            print(error)
+        print(int(next(l for l in open("/proc/self/status") if "VmHWM" in l).split()[1]) // 1024)
+    """
+    done = subprocess.run([sys.executable, "-c", code, ROOT, tmp_path / "a.csv"], capture_output=True, text=True, check=True)
+    said, megabytes = done.stdout.splitlines()
+    assert int(megabytes) < 250
+    assert "row 13: a quote is opened and never closed" in said if last else int(said) == 12 * 11 * 950_000
+
+
+# -----------------------------------------------------------------------------
+# kinds of files
+
+def test_every_kind_of_text_and_of_rows(tmp_path):
+    texts = [f"text number {i}\nof some" for i in range(12)]
+    (tmp_path / "a.md").write_text(texts[0])
+    (tmp_path / "b.json").write_text(json.dumps([{"text": text} for text in texts[1:4]], indent=1))
+    (tmp_path / "c.json").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[4:6]))
+    (tmp_path / "d.ndjson").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[6:8]))
+    (tmp_path / "e.tsv").write_text("id\ttext\n" + "".join(f'{i}\t"{text}"\n' for i, text in enumerate(texts[8:10])))
+    (tmp_path / "f.json.gz").write_bytes(gzip.compress(json.dumps([{"text": texts[10]}]).encode()))
+    (tmp_path / "g.rst").write_text(texts[11])
+    run("fineweb.py", "--files", tmp_path, "--out", tmp_path / "shards", "--workers", 1)
+    assert np.array_equal(tokens_of(tmp_path / "shards"), expected_stream(texts))
+
+
+def test_nested_fields(tmp_path):
+    """A field that has the dots in its name goes first."""
+    texts = [f"text number {i}" for i in range(20)]
+    nested = [{"meta": {"text": text, "id": i}} for i, text in enumerate(texts)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in nested))
+    parquet.write_table(pa.Table.from_pylist(nested), tmp_path / "b.parquet")
+    flat = [{"meta.text": text, "meta": {"text": "not this"}} for text in texts]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in flat))
+    parquet.write_table(pa.Table.from_pylist([{"meta.text": text} for text in texts]), tmp_path / "d.parquet")
+    run("fineweb.py", "--files", tmp_path, "--text_field", "meta.text", "--out", tmp_path / "shards", "--workers", 1)
+    assert np.array_equal(tokens_of(tmp_path / "shards"), expected_stream(4 * texts))
+    for name in ("a.jsonl", "b.parquet"):
+        said = refused("--files", tmp_path / name, "--text_field", "meta.body", "--out", tmp_path / "no", "--workers", 1)
+        assert f"{name}: row 1: no field 'meta.body', only meta" in said
+
+
+@pytest.mark.parametrize("name, says", [("a.zip", "unzip"), ("a.tar", "tar -xf"), ("a.tar.gz", "tar -xf"), ("a.tgz", "tar -xf"),
+                                        ("a.7z", "7z x"), ("a.jsonl.bz2", "bunzip2"), ("a.jsonl.xz", "unxz")])
+def test_archives_are_refused_with_the_command(name, says, tmp_path):
+    (tmp_path / name).write_bytes(b"")
+    said = refused("--files", tmp_path / name, "--out", tmp_path / "shards")
+    assert name in said and f"{says} {tmp_path / name}" in said
+
+
+@pytest.mark.parametrize("content, says", [("[1, 2", "not JSON"), ('[{"text": "a"}, 5]', "row 2: no field 'text'"),
+                                           ('[{"text": "a"}, {"text": 5}]', "row 2: field 'text' holds int")])
+def test_json_arrays_that_are_none(content, says, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    assert says in refused("--files", tmp_path / "a.json", "--out", tmp_path / "shards", "--workers", 1)
+
+
+# -----------------------------------------------------------------------------
+# shards of other trainers
+
+def llmc(tokens):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    return header.tobytes() + tokens.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["nanoGPT", "llm.c"])
+def test_shards_of_other_trainers_train_alike(kind, gpt2_shards, tmp_path):
+    for path in fineweb.list_shards(gpt2_shards, "train") + fineweb.list_shards(gpt2_shards, "val"):
+        split, tokens = path.split("_")[-2], np.load(path)
+        if kind == "nanoGPT":
+            with open(tmp_path / f"{split}.bin", "ab") as f:
+                f.write(tokens.tobytes())
+        else:
+            (tmp_path / f"fineweb_{split}_{path[-10:-4]}.bin").write_bytes(llmc(tokens))
+    together = tmp_path / "together"
+    together.mkdir()
+    for split in ("train", "val"):
+        parts = [np.load(path) for path in fineweb.list_shards(gpt2_shards, split)]
+        np.save(together / f"edufineweb_{split}_000000.npy", np.concatenate(parts))
+    flags = ["--preset", "tiny", *SMALL, "--max_steps", 2, "--eval_every", 2]
+    run("train_gpt2.py", *flags, "--data", gpt2_shards if kind == "llm.c" else together, "--out_dir", tmp_path / "npy")
+    run("train_gpt2.py", *flags, "--data", tmp_path, "--out_dir", tmp_path / "bin")
+    assert losses(tmp_path / "npy") == losses(tmp_path / "bin")
+    assert log_lines(tmp_path / "npy", "val")[0]["loss"] == log_lines(tmp_path / "bin", "val")[0]["loss"]
+    tokens = fineweb.read_shard(fineweb.list_shards(tmp_path, "train")[0])
+    assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16
+
+
+@pytest.mark.parametrize("content, says", [
+    (llmc(np.arange(3000, dtype="<u2"))[:-2], "holds 2,999 tokens, its header says 3,000"),
+    (np.array([20240520, 7, 9], dtype="<i4").tobytes() + bytes(5000), "version 7"),
+    (np.array([20240801, 7, 9], dtype="<i4").tobytes() + bytes(5000), "uint32"),
+    (b"\1\2\3", "odd"), (b"", "empty"), (np.full(3000, 60000, dtype="<u2").tobytes(), "token 60000 at offset")])
+def test_a_bad_bin_is_one_line(content, says, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.bin").write_bytes(content)
+    said = train_refused("train_gpt2.py", "--preset", "tiny", *SMALL, "--quiet", "--data", tmp_path, "--out_dir", tmp_path / "log")
+    assert says in said and str(tmp_path / "train.bin") in said
+
+
+def test_nanogpts_characters_are_refused(tmp_path):
+    """Their ids are of a vocabulary in a pickle, which nobody should open."""
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.bin").write_bytes(np.arange(60, dtype="<u2").repeat(50).tobytes())
+    (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    said = train_refused("train_gpt2.py", "--preset", "tiny", *SMALL, "--data", tmp_path, "--out_dir", tmp_path / "log")
+    assert "meta.pkl" in said and "input.txt" in said
+
+
+# -----------------------------------------------------------------------------
+# tokenizers
+
+def test_shards_of_any_tokenizer(tmp_path):
+    words = ["to", "be", "or", "not", "that", "is", "the", "question"]
+    size = save_llama2_tokenizer(tmp_path / "tok", words)
+    rng = np.random.default_rng(0)
+    texts = [" ".join(words[i] for i in rng.integers(8, size=300)) for _ in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    command = ["--files", tmp_path / "a.jsonl", "--out", tmp_path / "shards", "--workers", 1, "--shard_size", 2000]
+    run("fineweb.py", *command, "--tokenizer", "tok", cwd=tmp_path)
+    manifest = fineweb.read_manifest(tmp_path / "shards")
+    assert (manifest["tokenizer"], manifest["vocab_size"], manifest["documents"]) == ("tok", size, 20)
+    tokenizer = fineweb.get_tokenizer(str(tmp_path / "tok"))
+    expected = [token for text in texts for token in [tokenizer.eot, *tokenizer.encode(text)]]
+    assert tokens_of(tmp_path / "shards").tolist() == expected
+    run("fineweb.py", "--verify", tmp_path / "shards")
+    assert "made with tokenizer" in refused(*command) and "made with tokenizer" in refused(*command, "--tokenizer", "byte")
+    shutil.rmtree(tmp_path / "tok")  # the shards' folder has its files
+    run("train_gpt2.py", "--preset", "tiny", *SMALL, "--data", tmp_path / "shards", "--checkpoint_every", 6,
+        "--out_dir", tmp_path / "log")
+    assert abs(losses(tmp_path / "log")[0] - np.log(size)) < 0.1
+    run("train_gpt2.py", "--resume", "--max_steps", 8, "--out_dir", tmp_path / "log")
+    out, _ = run("train_gpt2.py", "eval", "--checkpoint", tmp_path / "log/latest")
+    last = log_lines(tmp_path / "log", "val")[-1]
+    assert f"validation loss {last['loss']:.4f}" in out and f"{last['bpb']:.4f} bits per byte" in out
+    out, _ = run("train_gpt2.py", "--preset", "tiny", "--init_from", tmp_path / "log/latest", "--data", tmp_path / "shards",
+                 "--max_steps", 2, "--total_batch_size", 64, "--eval_tokens", 64, "--sample_every", 0, "--out_dir", tmp_path / "2")
+    save_llama2_tokenizer(tmp_path / "tok", words[::-1])  # as many ids, other words
+    for file in (tmp_path / "tok").iterdir():
+        shutil.copy(file, tmp_path / "log/step_000008")
+    said = train_refused("train_gpt2.py", "eval", "--checkpoint", tmp_path / "log/step_000008", "--data", tmp_path / "shards")
+    assert "tok tokens" in said
+
+
+def test_a_byte_shard_and_a_tokenizer_of_too_many_ids(tmp_path):
+    (tmp_path / "a.txt").write_text("To be, or not to be: ü\n" * 20)
+    run("fineweb.py", "--files", tmp_path / "a.txt", "--out", tmp_path / "shards", "--workers", 1, "--tokenizer", "byte")
+    assert tokens_of(tmp_path / "shards").tolist() == [256, *(tmp_path / "a.txt").read_bytes()]
+    save_llama2_tokenizer(tmp_path / "big", [f"w{i}" for i in range(66_000)])
+    said = refused("--files", tmp_path / "a.txt", "--out", tmp_path / "no", "--tokenizer", tmp_path / "big")
+    assert "66003" in said and "65536" in said
+    assert "nowhere" in refused("--files", tmp_path / "a.txt", "--out", tmp_path / "no", "--tokenizer", "nowhere")
+
+
+def test_gpt2s_vocabulary_is_not_read_from_a_cache(tmp_path, monkeypatch):
+    """Other programs' copies, whose content nobody checked: with each of tiktoken's cache folders full of nonsense."""
+    code = """if 1:
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        import fineweb
+        print(fineweb.get_tokenizer("gpt2").encode("Hello, world"))
+    """
+    for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+        (tmp_path / name).mkdir()
+        for path in fineweb.gpt2_files():
+            (tmp_path / name / hashlib.sha1(path.encode()).hexdigest()).write_bytes(b"#version: 0.2\n")
+        done = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True)
+        assert done.stdout.strip() == "[15496, 11, 995]", done.stderr
