@@ -1,17 +1,22 @@
 """
-Every table of the README, measured on the machine at hand: the baseline and the new code in one run.
+What the README and tests/RESULTS.md state, measured on the machine at hand: the baseline and the new code in one run.
 
-$ python tests/benchmark.py all                                 # everything; an hour or two on two CPU cores
+$ python tests/benchmark.py all --write tests/RESULTS.md        # all of it; three quarters of an hour on two CPU cores
+$ python tests/benchmark.py ladder heads --write tests/RESULTS.md   # these parts again, the others stay
 $ python tests/benchmark.py limit                               # what this machine's matmuls, attention and copies allow
 $ python tests/benchmark.py ladder --memory_limit_gb 16         # from 2019's script to this one, step by step, as on a 16 GB card
 $ python tests/benchmark.py heads                               # ways to compute the loss of 50,304 columns
-$ python tests/benchmark.py memory                              # peak by batch size
+$ python tests/benchmark.py memory                              # peak by batch size; not in `all`
+$ python tests/benchmark.py default                             # `python train_gpt2.py`, from start to exit
+$ python tests/benchmark.py killed                              # a run that is killed and resumed against one that is not
+$ python tests/benchmark.py simulated                           # a GPU's memory and kernels, on a pretended one
 $ python tests/benchmark.py loader                              # how long a step waits for its input
-$ python tests/benchmark.py tokenize                            # fineweb.py
+$ python tests/benchmark.py tokenize                            # fineweb.py, on a short and a long run
 $ python tests/benchmark.py architecture                        # the modern parts, at T = 1024 and 8192
 $ python tests/benchmark.py hellaswag                           # hellaswag.py
-$ python tests/benchmark.py recipe                              # loss against tokens; picture: assets/recipe.png
-$ python tests/benchmark.py ablation                            # the modern parts one by one, on little data and on much
+$ python tests/benchmark.py tokens                              # how many tokens less the modern recipe needs
+$ python tests/benchmark.py recipe                              # every change of it; picture: assets/recipe.png; an hour,
+$ python tests/benchmark.py ablation                            # the parts on little data and on much; both not in `all`
 $ python tests/benchmark.py gpu                                 # what one GPU makes of it, in six pieces; not in `all`
 $ python tests/benchmark.py gpu --piece 2                       # one of them, each under ten minutes: 1 attention and
                                                                 # tests/test_cuda.py, 2 a step of gpt2, 3 of modern,
@@ -113,11 +118,10 @@ def table(title, rows):
     """Prints rows (dicts with the same keys) in Markdown."""
     shown = [{k: f"{v:,.4g}" if isinstance(v, float) and abs(v) < 1000 else f"{v:,.0f}" if isinstance(v, (int, float)) else
               "–" if v is None else str(v) for k, v in row.items()} for row in rows]
-    print(f"\n**{title}**\n")
-    for line in [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in shown)]:
-        print("| " + " | ".join(line) + " |")
-    print(flush=True)
-    return {"title": title, "rows": rows}
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in shown)]
+    text = "\n".join([f"\n**{title}**\n", *("| " + " | ".join(line) + " |" for line in lines)])
+    print(text + "\n", flush=True)
+    return {"title": title, "rows": rows, "markdown": text}
 
 
 def train(**flags):
@@ -144,6 +148,8 @@ def chip(device):
 
 def limits(device, dtype, batch_size):
     """Seconds that the matmuls and the attention of one micro-step of GPT-2 124M take, each alone, and copy bandwidth."""
+    if device == "cpu":
+        train_gpt2.keep_freed_memory()  # else the results' page faults are in it
     dtype = getattr(torch, dtype)
     N, C, V, T = batch_size * 1024, 768, 50304, 1024
     seconds, flops = {}, 0
@@ -192,10 +198,12 @@ def checkpointed_loss(x, weight, targets, vocab_size, chunks, need_grad):
 
 
 def training_step(device, batch_size, accumulation=1, dtype="float32", tf32=True, compiled=False, attention="sdpa", padded=True,
-                  optimizer="fused", head="chunked", recompute=True, bf16_stream=False, tuned=False, shape=GPT2):
+                  optimizer="fused", head="chunked", recompute=True, bf16_stream=False, tuned=False, keep_memory=False, shape=GPT2):
     """A model and its training step on random tokens, with parts exchanged for those of older scripts. optimizer: fused, loop,
     muon, or muon one by one."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if keep_memory:
+        train_gpt2.keep_freed_memory()
     if attention == "materialised":
         train_gpt2.full_attention = materialised_attention
     torch.backends.cuda.enable_cudnn_sdp(attention != "without cuDNN" and not shape.get("window"))
@@ -261,7 +269,8 @@ def ladder(args):
              *([(f"+ {native}", dict(dtype=native))] if native != "float32" else []),
              ("+ torch.compile", dict(compiled=True)), ("+ flash attention (SDPA)", dict(attention="sdpa")),
              ("+ 50,304 columns", dict(padded=True)), ("+ fused AdamW", dict(optimizer="fused")), ("+ chunked head", dict(head="chunked")),
-             ("+ norms and GELUs recomputed: this script", dict(recompute=True))]
+             ("+ norms and GELUs recomputed", dict(recompute=True)),
+             *([] if cuda else [("+ freed memory used again: this script", dict(keep_memory=True))])]
     peer = dict(dtype=native, attention="sdpa", padded=True, head="plain", optimizer="fused" if cuda else "loop", compiled=cuda, recompute=False)
     common = dict(device=args.device, accumulation=args.accumulation, steps=args.steps, memory_limit_gb=args.memory_limit_gb)
     rows = []
@@ -286,8 +295,11 @@ def ladder(args):
             larger *= 2
     measure("build-nanogpt's script (its parts, in this harness)", batch, peer)
     bound = isolated(limits, device=args.device, dtype=native, batch_size=batch)["tokens_per_second"]
-    rows.append(dict.fromkeys(rows[0]) | {"step": "bound: matmuls and SDPA alone", "batch": batch, "tokens_per_second": bound,
-                                          "times the first": bound / rows[0]["tokens_per_second"]})
+    rows.append(dict.fromkeys(rows[0]) | {"step": f"bound: matmuls and SDPA alone, {native}", "batch": batch,
+                                          "tokens_per_second": bound, "times the first": bound / rows[0]["tokens_per_second"]})
+    ours, theirs = rows[-3], rows[-2]
+    print(f"{ours['tokens_per_second'] / bound:.0%} of the bound, {ours['tokens_per_second'] / theirs['tokens_per_second']:.2f} times "
+          f"build-nanogpt's, in {ours['peak_gb'] / theirs['peak_gb']:.2f} of its memory", file=sys.stderr)
     return [table(f"GPT-2 124M, T=1024, {args.accumulation} micro-steps, {chip(args.device)}", rows)]
 
 
@@ -363,13 +375,66 @@ def loader(args):
     return [table("Waiting for input (medians of 40 steps of the default run)", [{k: v for k, v in row.items() if k != "peak_gb"}])]
 
 # -----------------------------------------------------------------------------
+# whole runs, as users start them
+
+def script(*args):
+    return [sys.executable, str(ROOT / "train_gpt2.py"), *map(str, args)]
+
+
+def default_run(args):
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        subprocess.run(script("--out_dir", folder, "--quiet"), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        seconds = time.perf_counter() - started
+        lines = train_gpt2.read_log(Path(folder, "log.jsonl"))
+        subprocess.run(script("plot", "--out_dir", folder, "--output", ROOT / "assets/loss.png"), check=True, stdout=subprocess.DEVNULL)
+    rows = [{"seconds, start to exit": seconds, "of them in steps": lines[-1]["training_seconds"], "steps": lines[-1]["step"],
+             "validation losses, nats a byte": ", ".join(f"{line['loss']:.4f}" for line in lines if line["kind"] == "val"),
+             "bits per byte": lines[-1]["val_bpb"]}]
+    return [table(f"`python train_gpt2.py`, {chip('cpu')}", rows)]
+
+
+def killed(args):
+    """SIGKILL after about half of the steps, then --resume, against a run that nobody kills."""
+    flags = ["--preset", "tiny", "--data", ROOT / "input.txt", "--max_steps", 60, "--eval_every", 20, "--checkpoint_every", 10,
+             "--sample_every", 0, "--dropout", 0.1, "--quiet", "--dtype", args.dtype]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with tempfile.TemporaryDirectory() as folder:
+        whole, other = Path(folder, "whole"), Path(folder, "killed")
+        subprocess.run(script(*flags, "--out_dir", whole), check=True, **quiet)
+        process, log = subprocess.Popen(script(*flags, "--out_dir", other), **quiet), other / "log.jsonl"
+        while not log.exists() or len(train_gpt2.read_log(log)) < 38:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        at = max(line.get("step", 0) for line in train_gpt2.read_log(log))
+        subprocess.run(script("--resume", "--out_dir", other), check=True, **quiet)
+        kinds = ("train", "val")
+        losses = [[(line["step"], line["loss"]) for line in train_gpt2.read_log(path / "log.jsonl") if line["kind"] in kinds]
+                  for path in (whole, other)]
+    differing = sum(a != b for a, b in zip(*losses)) + abs(len(losses[0]) - len(losses[1]))
+    return [table("A run killed by SIGKILL and resumed, with dropout, against the uninterrupted one",
+                  [{"steps": 60, "killed after step": at, "losses compared": len(losses[0]), "of them that differ": differing}])]
+
+
+def simulated(args):
+    """What no CPU can show, on a GPU that is pretended: no speed, no numbers, but shapes, memory and kernels."""
+    command = [sys.executable, str(ROOT / "tests/pretended_cuda.py"), "memory", "parts", "head", "muon"]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    rows = [{"step": f"{name}, B=16, T=1024", "peak, GiB": step["peak_gib"]} for name, step in found["memory"].items()]
+    rows += [{"step": f"gpt2 {name}, B=2, T=8192", "peak, GiB": step["peak_gib"]} for name, step in found["parts"].items()]
+    kernels = [{"what": "head, compiled: GB moved for 65,536 tokens", "figure": found["head"]["triton_gb"]},
+               {"what": "head: GiB that a chunk holds", "figure": found["head"]["chunk_gib"]},
+               {"what": "Muon: kernel launches a step, 60 matrices", "figure": found["muon"]["launches"]}]
+    return [table("Memory of a training step on the simulated GPU, bfloat16, not compiled", rows), table("Kernels on the simulated GPU", kernels)]
+
+# -----------------------------------------------------------------------------
 # the modern parts
 
 ARCHITECTURES = {
     "standard": {}, "+ RoPE": dict(rope=True), "+ GQA (2 of 8 heads)": dict(rope=True, n_kv_head=2),
-    "+ sliding window (512)": dict(rope=True, n_kv_head=2, window=512), "RMSNorm alone": dict(rmsnorm=True),
-    "SwiGLU alone": dict(swiglu=True), "modern": dict(rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False),
-    "sliding window alone (512)": dict(window=512)}
+    "+ sliding window (512)": dict(rope=True, n_kv_head=2, window=512)}
 
 
 def architecture_run(device, dtype, flags, T, tokens, compiled):
@@ -378,30 +443,46 @@ def architecture_run(device, dtype, flags, T, tokens, compiled):
     with tempfile.TemporaryDirectory() as folder:
         lines = train(preset="tiny", data=ROOT / "input.txt", out_dir=folder, n_layer=4, n_embd=256, n_head=8, block_size=T,
                       total_batch_size=8192, max_steps=tokens // 8192, lr=2e-3, optimizer="adamw", schedule="cosine", warmup_steps=2,
-                      eval_every=10**6, eval_tokens=65536, sample_every=0, checkpoint_every=0, quiet=True, device=device, dtype=dtype,
-                      compile=compiled, **flags)
-    speeds = [line["tokens_per_second"] for line in lines if line["kind"] == "train"]
-    loss = next(line["loss"] for line in lines if line["kind"] == "val")
-    config = lines[0]
-    model = GPT(GPTConfig(**{name: config[name] for name in GPTConfig.__dataclass_fields__}))
-    kept = min(T, config["window"] or T)
-    return {"parameters": model.num_parameters(), "tokens_per_second": statistics.median(speeds[1:]),
-            "KV cache, kB": 2 * 4 * kept * config["n_layer"] * config["n_kv_head"] * config["head_dim"] / 1024,
-            "val loss": loss, "perplexity": math.exp(loss)}
+                      eval_every=0, sample_every=0, checkpoint_every=0, quiet=True, device=device, dtype=dtype, compile=compiled, **flags)
+    model = GPT(GPTConfig(**{name: lines[0][name] for name in GPTConfig.__dataclass_fields__}))
+    cache = model.new_cache()
+    with torch.no_grad():
+        model.hidden_states(torch.zeros(1, T, dtype=torch.long), cache=cache)
+    kept = sum(tensor.numel() * tensor.element_size() for layer in cache for tensor in (layer.k, layer.v))
+    return {"KV cache, MB": kept / 2**20, "speeds": [line["tokens_per_second"] for line in lines if line["kind"] == "train"][1:]}
 
 
 def architecture(args):
+    """Speed: the median over the steps of two rounds of all models. Perplexity: see below."""
     tables = []
     for T in (1024, 8192):
+        rounds = [{name: isolated(architecture_run, device=args.device, dtype=args.dtype, flags=flags, T=T, tokens=args.tokens,
+                                  compiled=args.device.startswith("cuda")) for name, flags in ARCHITECTURES.items()} for _ in range(2)]
         rows = []
-        for name, flags in ARCHITECTURES.items():
-            row = isolated(architecture_run, device=args.device, dtype=args.dtype, flags=flags, T=T, tokens=args.tokens, compiled=args.device.startswith("cuda"))
-            rows.append({"model": name, **row})
-            print(rows[-1], file=sys.stderr, flush=True)
-        first = rows[0]["tokens_per_second"]
-        rows = [{**row, "speed": f"{row['tokens_per_second'] / first:.2f}x"} for row in rows]
-        tables.append(table(f"4 layers x 256, 8 heads, T={T}, {args.tokens:,} byte tokens of input.txt, {args.dtype}, {chip(args.device)}", rows))
-    return tables
+        for name in ARCHITECTURES:
+            speed = statistics.median(speed for runs in rounds for speed in runs[name]["speeds"])
+            first = rows[0]["tokens_per_second"] if rows else speed
+            rows.append({"model": name, "tokens_per_second": speed, "speed": f"{speed / first:.2f}x",
+                         "training memory, GB": max(runs[name]["peak_gb"] for runs in rounds),
+                         "KV cache, MB": rounds[0][name]["KV cache, MB"]})
+        tables.append(table(f"4 layers x 256, 8 heads, T={T}, 8,192 byte tokens a step, {args.dtype}, {chip(args.device)}", rows))
+    return tables + [perplexities(args)]
+
+
+def perplexities(args):
+    """The same parts in 4 layers x 128 with T=128 and a window of 32, after as many steps as --steps says, one recipe."""
+    parts = {name: flags | ({"window": 32} if "window" in flags else {}) | ({"n_kv_head": 1} if "n_kv_head" in flags else {})
+             for name, flags in ARCHITECTURES.items()}
+    parts = {name.replace("2 of 8", "1 of 4").replace("512", "32"): flags for name, flags in parts.items()}
+    parts |= {"+ RMSNorm, SwiGLU, QK-norm, no biases, all heads and tokens": MODERN}
+    with tempfile.TemporaryDirectory() as folder, pool_of_runs() as pool:
+        runs = {name: [pool.submit(recipe_run, flags, 3e-3, seed, args.steps, os.path.join(folder, f"{len(name)} {seed}"))
+                       for seed in range(1, args.seeds + 1)] for name, flags in parts.items()}
+        losses = {name: list(map(final_loss, found)) for name, found in runs.items()}
+    rows = [{"model": name, "validation loss": spread(values), "perplexity": math.exp(statistics.mean(values))}
+            for name, values in losses.items()]
+    return table(f"4 layers x 128, T=128, after {args.steps * 4096:,} byte tokens of input.txt, {args.seeds} seeds "
+                 "(mean ± half the range)", rows)
 
 # -----------------------------------------------------------------------------
 # fineweb.py
@@ -532,13 +613,16 @@ def timed(command):
     return time.time() - begun, round(peak)
 
 
-def tokenize_rows(megabytes, repeats=2):
-    """One row for each method, the best of `repeats` alternating runs: method, tokens_per_s, MB_per_s, seconds,
+def tokenize_rows(megabytes, repeats=2, copies=1):
+    """For so many megabytes of text, `copies` times. One row for each method, the best of `repeats` alternating runs: method, tokens_per_s, MB_per_s, seconds,
     peak_rss_mb (all processes together), ratio (to the peer's speed). Raises if the tokens differ."""
     import numpy as np
     folder = tempfile.mkdtemp(dir=os.environ.get("BENCH_DIR"))
     try:
-        size = write_files(folder, megabytes)
+        size = write_files(folder, megabytes) * copies
+        for path in Path(folder).glob("*.parquet") if copies > 1 else ():
+            for i in range(1, copies):
+                shutil.copy(path, path.with_stem(f"{path.stem}_{i}"))
         pattern, best, streams = os.path.join(folder, "*.parquet"), {}, {}
         peer, bound = os.path.join(folder, "peer.py"), os.path.join(folder, "bound.py")
         for path, code in ((peer, PEER), (bound, BOUND)):
@@ -568,7 +652,9 @@ def tokenize_rows(megabytes, repeats=2):
 
 
 def tokenize(args):
-    return [table(f"Tokenizing {args.megabytes} MB of parquet on {os.cpu_count()} cores", tokenize_rows(args.megabytes))]
+    short, long = tokenize_rows(args.megabytes), tokenize_rows(args.megabytes, repeats=1, copies=args.copies)
+    return [table(f"Tokenizing {megabytes} MB of parquet on {os.cpu_count()} cores, start and end of the processes included", rows)
+            for megabytes, rows in ((args.megabytes, short), (args.megabytes * args.copies, long))]
 
 # -----------------------------------------------------------------------------
 # hellaswag.py
@@ -750,6 +836,20 @@ def recipe(args):
             table("modern, on fewer tokens", part), table(f"modern with one change, lr {rate:g}", change)]
 
 
+def tokens(args):
+    """Both recipes at the learning rates that `recipe` found best, and the modern one on 60% of the tokens."""
+    cases = {"gpt2": ({}, 3e-3, 1.0), "modern": (MODERN | BEST, 6e-3, 1.0), "modern, 60% of the tokens": (MODERN | BEST, 6e-3, 0.6)}
+    with tempfile.TemporaryDirectory() as folder, pool_of_runs() as pool:
+        runs = {name: [pool.submit(recipe_run, flags, lr, seed, round(share * args.steps), os.path.join(folder, f"{name} {seed}"))
+                       for seed in range(1, args.seeds + 1)] for name, (flags, lr, share) in cases.items()}
+        losses = {name: list(map(final_loss, found)) for name, found in runs.items()}
+        draw_recipe({name: runs[name][0].result() for name in ("gpt2", "modern")},
+                    {name: runs[name][0].result() for name in cases if "60%" in name})
+    rows = [{"recipe": name, "tokens": round(share * args.steps) * 4096, "validation loss": spread(losses[name])}
+            for name, (_, _, share) in cases.items()]
+    return [table(f"4 layers x 128 on input.txt, {args.seeds} seeds (mean ± half the range)", rows)]
+
+
 def draw_recipe(curves, shorter):
     """curves, shorter: {name: [(million tokens, validation loss)]}"""
     try:
@@ -868,7 +968,7 @@ def window_errors(device, dtype, window, low):
     grads = []
     for dtype in (dtype, torch.float64):
         inputs = [tensor.to(dtype).detach().requires_grad_() for tensor in (q, k, v)]
-        F.scaled_dot_product_attention(*inputs, attn_mask=mask.to(dtype)).square().sum().backward()
+        F.scaled_dot_product_attention(*inputs, attn_mask=mask).square().sum().backward()
         grads.append([tensor.grad.double() for tensor in inputs])
     return [((a - b).norm() / b.norm()).item() for a, b in zip(*grads)]
 
@@ -1072,36 +1172,75 @@ def gpu(args):
 # -----------------------------------------------------------------------------
 # command line
 
-COMMANDS = {"limit": limit, "ladder": ladder, "heads": heads, "memory": memory, "loader": loader, "tokenize": tokenize,
-            "architecture": architecture, "hellaswag": score, "recipe": recipe, "ablation": ablation, "gpu": gpu}
+COMMANDS = {"default": default_run, "killed": killed, "simulated": simulated, "limit": limit, "ladder": ladder, "heads": heads,
+            "memory": memory, "loader": loader, "tokenize": tokenize, "architecture": architecture, "hellaswag": score,
+            "tokens": tokens, "recipe": recipe, "ablation": ablation, "gpu": gpu}
+NOT_IN_ALL = ("memory", "recipe", "ablation", "gpu")  # long, or for another machine
+HEADER = """# Results
+
+Written by `python tests/benchmark.py all --write tests/RESULTS.md`: each part on the machine, and by the command, that stand
+below its name. Where others share the machine its speed drifts: compare within one table.
+"""
+
+
+def machine(device):
+    """For the line below a part's name."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    sets = [name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if re.search(rf"\b{name}\b", flags)]
+    return f"{chip(device)} ({', '.join(sets) or 'instruction set unknown'}), PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+
+
+def write_part(path, name, command, device, seconds, text):
+    """Puts a part into the file in place of the one of its name."""
+    parts = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", path.read_text() if path.exists() else "", re.M | re.S))
+    parts[name] = f"\n`{command}`, {seconds:.0f} s, {machine(device)}\n{text}\n\n"
+    order = sorted(parts, key=list(COMMANDS).index)
+    path.write_text(HEADER + "".join(f"\n## {name}\n{parts[name].rstrip()}\n" for name in order))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=[*COMMANDS, "all"])
+    parser.add_argument("commands", nargs="+", choices=[*COMMANDS, "all"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="default: what --dtype auto of train_gpt2.py picks")
     parser.add_argument("--memory_limit_gb", type=float, default=0, help="pretend that the GPU has no more")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=2, help="micro-steps a step (ladder)")
     parser.add_argument("--steps", type=int, help="timed steps of each row (ladder: 2, on CUDA 10); optimizer steps (recipe, ablation: 250)")
-    parser.add_argument("--tokens", type=int, default=131072, help="trained on by each row (architecture)")
+    parser.add_argument("--tokens", type=int, default=65536, help="trained on by each row, twice (architecture)")
     parser.add_argument("--megabytes", type=int, default=80, help="of text (tokenize)")
-    parser.add_argument("--examples", type=int, default=400, help="scored (hellaswag)")
+    parser.add_argument("--copies", type=int, default=7, help="of that text in the long run (tokenize)")
+    parser.add_argument("--examples", type=int, default=200, help="scored (hellaswag)")
     parser.add_argument("--seeds", type=int, default=2, help="of each run (recipe, ablation)")
     parser.add_argument("--little", type=int, default=20000, help="bytes to overfit on (ablation)")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.6], help="parts of the tokens (recipe)")
     parser.add_argument("--piece", type=int, choices=range(1, 7), help="only this one (gpu)")
     parser.add_argument("--bf16_stream", action="store_true", help="residual stream in bfloat16, in the runs of piece 5 (gpu)")
+    parser.add_argument("--write", type=Path, help="put the tables into this Markdown file")
     parser.add_argument("--json", help="write the tables to this file too")
     args = parser.parse_args()
     auto, _ = hellaswag.pick_dtype("auto", args.device.split(":")[0], (256, 768, 3072), torch.float16)
     args.dtype = args.dtype or str(auto)[6:]
     tables = []
-    for name, command in COMMANDS.items():
-        if args.command == name or args.command == "all" and name != "gpu":
-            steps = {"ladder": 10 if args.device.startswith("cuda") else 2, "recipe": 250, "ablation": 250, "gpu": 12}.get(name)
-            tables += command(argparse.Namespace(**{**vars(args), "steps": args.steps or steps}))
+    given = " ".join(word for word in sys.argv[1:] if word not in COMMANDS and word != "all")
+    flags = re.sub(r"--(write|json)[= ]\S+ ?", "", given).strip()
+    for name in COMMANDS if "all" in args.commands else args.commands:
+        if name in NOT_IN_ALL and name not in args.commands:
+            continue
+        steps = {"ladder": 10 if args.device.startswith("cuda") else 2, "gpu": 12}.get(name, 250)
+        started = time.time()
+        try:
+            found = COMMANDS[name](argparse.Namespace(**{**vars(args), "steps": args.steps or steps}))
+        except Exception as error:
+            if not args.write:
+                raise
+            traceback.print_exc()
+            found = [table("failed", [{"error": fineweb.one_line(error)}])]  # the other parts are still measured
+        tables += found
+        if args.write:
+            text = "\n".join(part["markdown"] for part in found)
+            command = f"python tests/benchmark.py {name} {flags}".strip()
+            write_part(args.write, name, command, args.device, time.time() - started, text)
     if args.json:
         Path(args.json).write_text(json.dumps(tables, indent=1))
 

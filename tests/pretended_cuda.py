@@ -5,6 +5,7 @@ what Inductor makes of the head; whether the numbers are right it does not show.
 
 $ python tests/pretended_cuda.py mixtures  # all mixtures of parts, three dtypes: loss, optimizers, cache, HellaSwag
 $ python tests/pretended_cuda.py memory    # of a training step of the presets gpt2 and modern, uncompiled, B=16, T=1024
+$ python tests/pretended_cuda.py parts     # the same of the modern parts at T=8192, B=2
 $ python tests/pretended_cuda.py head      # bytes that the compiled head moves for 65,536 tokens, and what it holds
 $ python tests/pretended_cuda.py muon      # kernel launches of Muon in an optimizer step of the preset modern
 
@@ -282,22 +283,23 @@ def list_of_ids(text):
     return [ord(letter) for letter in text]
 
 
-def preset_model(preset):
-    names = GPTConfig.__dataclass_fields__
-    model = cuda_model(**{name: value for name, value in train_gpt2.PRESETS[preset].items() if name in names})
+def model_and_optimizers(shape, optimizer="adamw"):
+    model = cuda_model(**shape)
     gc.collect()  # its copy outside the GPU
-    return model
+    return model, make_optimizers(model, RecipeFlags(optimizer=optimizer), "cuda")
 
 
-def preset_optimizers(preset, model):
-    return make_optimizers(model, RecipeFlags(optimizer=train_gpt2.PRESETS[preset].get("optimizer", "adamw")), "cuda")
+def preset(name):
+    """What `model_and_optimizers` takes."""
+    flags = train_gpt2.PRESETS[name]
+    shape = {flag: value for flag, value in flags.items() if flag in GPTConfig.__dataclass_fields__}
+    return shape, flags.get("optimizer", "adamw")
 
 
-def training_step(preset, batch_size):
+def training_step(batch_size, *what):
     """In bfloat16, uncompiled: a step, and another of two micro-steps, which has the optimizers' state and gradients."""
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
-        model = preset_model(preset)
-        optimizers = preset_optimizers(preset, model)
+        model, optimizers = model_and_optimizers(*what)
         x = tokens(batch_size, model.config.block_size)
         for micro_steps in (1, 2):
             meter.peak, meter.largest_float32 = meter.alive, 0
@@ -316,13 +318,21 @@ def training_step(preset, batch_size):
 
 
 def memory():
-    return {preset: training_step(preset, batch_size=16) for preset in ("gpt2", "modern")}
+    return {name: training_step(16, *preset(name)) for name in ("gpt2", "modern")}
+
+
+PARTS = {"standard": {}, "+ RoPE": dict(rope=True), "+ GQA (4 of 12 heads)": dict(rope=True, n_kv_head=4),
+         "+ sliding window (512)": dict(rope=True, n_kv_head=4, window=512)}
+
+
+def parts():
+    return {name: training_step(2, dict(flags, block_size=8192)) for name, flags in PARTS.items()}
 
 
 def muon():
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = preset_model("modern")
-        optimizer = preset_optimizers("modern", model)[-1]
+        model, optimizers = model_and_optimizers(*preset("modern"))
+        optimizer = optimizers[-1]
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         optimizer.step()  # makes its state
@@ -347,7 +357,7 @@ def head(batch_size=64):
         return torch_compile(function, backend=backend, **options)
 
     with FakeTensorMode(allow_non_fake_inputs=True), mock.patch("torch.compile", compile_for_gpu):
-        model = preset_model("gpt2")
+        model = cuda_model()  # of the default config, GPT-2 124M
         model.h = nn.ModuleList()
         model.compile_blocks()
         x = tokens(batch_size, model.config.block_size)
@@ -420,7 +430,7 @@ def peak_of_buffers(code):
 # -----------------------------------------------------------------------------
 # command line
 
-COMMANDS = {"mixtures": mixtures, "memory": memory, "head": head, "muon": muon}
+COMMANDS = {"mixtures": mixtures, "memory": memory, "parts": parts, "head": head, "muon": muon}
 
 
 def main():

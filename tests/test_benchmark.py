@@ -64,3 +64,28 @@ def test_without_a_gpu_it_is_one_line():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: gpu needs a GPU") and done.stderr.count("\n") == 1
     assert not done.stdout
+
+
+def test_all_writes_each_part_with_its_command_and_keeps_the_others(tmp_path, monkeypatch):
+    def part(args):
+        return [benchmark.table(f"steps {args.steps}", [{"name": "x", "value": 1.5}])]
+
+    def broken(args):
+        raise OSError("no such machine")
+
+    path, commands = tmp_path / "RESULTS.md", dict.fromkeys(benchmark.COMMANDS, part)
+    monkeypatch.setattr(benchmark, "COMMANDS", commands)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "all", "--write", str(path), "--steps", "3"])
+    benchmark.main()
+    text = path.read_text()
+    names = [name for name in commands if name not in benchmark.NOT_IN_ALL]
+    assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == names
+    for name in names:
+        assert f"`python tests/benchmark.py {name} --steps 3`" in text
+    assert text.count("| x | 1.5 |") == len(names) and text.count(torch.__version__) == len(names)
+    monkeypatch.setitem(commands, "limit", broken)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "limit", "memory", "--write", str(path)])
+    benchmark.main()
+    again = path.read_text()
+    assert again.count("no such machine") == 1 and "`python tests/benchmark.py memory`" in again
+    assert again.count("| x | 1.5 |") == len(names) and again.index("## limit") < again.index("## memory") < again.index("## loader")
