@@ -564,7 +564,8 @@ class GPT(nn.Module):
                 token = sample_token(self.logits(hidden[:, -1]), temperature, top_k, generator)
                 token = token.masked_fill(done, self.config.eot)
                 yield token
-                done |= torch.isin(token, torch.tensor(self.end_ids, device=token.device))
+                for end in self.end_ids:
+                    done |= token == end
                 if done.all():
                     return
                 idx = torch.cat((idx, token), dim=1)
