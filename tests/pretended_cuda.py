@@ -321,12 +321,12 @@ def memory():
     return {name: training_step(16, *preset(name)) for name in ("gpt2", "modern")}
 
 
-PARTS = {"standard": {}, "+ RoPE": dict(rope=True), "+ GQA (4 of 12 heads)": dict(rope=True, n_kv_head=4),
-         "+ sliding window (512)": dict(rope=True, n_kv_head=4, window=512)}
+LONG_CONTEXT = {"standard": {}, "+ RoPE": dict(rope=True), "+ GQA (4 of 12 heads)": dict(rope=True, n_kv_head=4),
+                "+ sliding window (512)": dict(rope=True, n_kv_head=4, window=512)}
 
 
 def parts():
-    return {name: training_step(2, dict(flags, block_size=8192)) for name, flags in PARTS.items()}
+    return {name: training_step(2, dict(flags, block_size=8192)) for name, flags in LONG_CONTEXT.items()}
 
 
 def muon():
