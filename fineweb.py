@@ -160,20 +160,15 @@ LONGEST_RUN = 1 << 15  # characters
 
 
 def cut_long_runs(text):
-    """Yields the text in parts, cut only inside runs of white space, or of anything else, of over LONGEST_RUN
-    characters: tiktoken's time and memory for one of them grow with its square, up to a panic. At such a cut, and there
-    alone, tokens may differ from those of the whole."""
-    start = 0
-    for i in range(0, len(text), LONGEST_RUN):
+    """The text in parts, cut only inside runs of white space, or of anything else, of over LONGEST_RUN characters:
+    tiktoken's time and memory for one of them grow with its square, up to a panic. At such a cut, and there alone,
+    tokens may differ from those of the whole."""
+    cuts = [0]
+    for i in range(0, len(text) - LONGEST_RUN + 1, LONGEST_RUN):
         block = text[i:i + LONGEST_RUN]
-        is_run = block.isspace() or not any(space in block for space in " \n\t\r") and len(block.split(None, 1)) == 1
-        if is_run and len(block) == LONGEST_RUN:
-            if i > start:
-                yield text[start:i]
-            yield block
-            start = i + LONGEST_RUN
-    if start < len(text) or not text:
-        yield text[start:]
+        if block.isspace() or block.split(None, 1) == [block]:
+            cuts += [i, i + LONGEST_RUN]
+    return [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
 
 
 class GPT2Tokenizer:
@@ -190,15 +185,13 @@ class GPT2Tokenizer:
             special_tokens={END_OF_TEXT: self.eot}, explicit_n_vocab=self.vocab_size)
 
     def encode(self, text):
-        return list(itertools.chain.from_iterable(map(self.encoding.encode_ordinary, cut_long_runs(text))))
+        return self.encode_array(text).tolist()
 
     def encode_array(self, text):
         """encode's ids as a uint16 array, a quarter sooner: a list of a million integers takes its time."""
-        parts = cut_long_runs(text)
-        try:
-            arrays = [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
-        except UnicodeEncodeError:
-            return self.encode_array(without_lone_surrogates(text))
+        arrays = []
+        for part in cut_long_runs(without_lone_surrogates(text)):
+            arrays.append(self.encoding.encode_to_numpy(part, disallowed_special=()))
         return np.concatenate(arrays).astype("<u2")
 
     def decode(self, ids):
@@ -358,29 +351,19 @@ def lock_folder(folder):
     import fcntl
     os.makedirs(folder, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
-    for tries_left in reversed(range(20)):
+    for _ in range(20):  # the workers of a killed process are perhaps just ending
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            return handle
         except BlockingIOError:
-            if not tries_left:
-                holder = lock_holder(os.fstat(handle).st_ino)
-                message = f"{folder}: {holder} is writing into it; wait for its end, or choose another folder"
-                raise UserError(message) from None
-            time.sleep(0.05)  # the workers of a killed process are perhaps just ending
+            time.sleep(0.05)
         except OSError:
-            break  # a disk without locks
-    return handle
-
-
-def lock_holder(inode):
-    """Who has locked the file or folder of this number, for a message."""
+            return handle  # a disk without locks
+    holder = "another process"
     with contextlib.suppress(OSError), open("/proc/locks") as locks:
-        for line in locks:
-            words = line.split()
-            if "->" not in words and words[5].endswith(f":{inode}"):
-                return f"process {words[4]}"
-    return "another process"
+        found = re.search(rf"^\d+: FLOCK .* (\d+) \S+:{os.fstat(handle).st_ino} ", locks.read(), re.MULTILINE)
+        holder = f"process {found[1]}" if found else holder
+    raise UserError(f"{folder}: {holder} is writing into it; wait for its end, or choose another folder")
 
 
 def write_shard(path, tokens):
@@ -408,8 +391,8 @@ def read_shard(path):
 
 
 def read_bin(path):
-    """The same of nanoGPT's .bin, bare ids, or of llm.c's and modded-nanogpt's, with a header of 256 int32: magic number,
-    version and number of tokens."""
+    """The same of nanoGPT's .bin, bare ids, or of llm.c's and modded-nanogpt's, with a header of 256 int32: magic
+    number, version and number of tokens."""
     size = os.path.getsize(path)
     if size == 0 or size % 2:
         raise UserError(f"{path}: {'an odd number of bytes' if size else 'empty'}, so not whole; fetch it again")
@@ -428,15 +411,15 @@ def read_bin(path):
 
 
 def list_shards(folder, split):
-    """Sorted paths of the "train" or "val" shards in a folder, whoever made them; empty if it holds none. Where there are
-    both, .npy files go before other trainers' .bin. Raises UserError for nanoGPT's characters."""
+    """Sorted paths of the "train" or "val" shards in a folder, whoever made them; empty if it holds none. Where there
+    are both, .npy files go before other trainers' .bin. Raises UserError for nanoGPT's characters."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     for kind in ("npy", "bin"):
         pattern = re.compile(rf"(^|.*[_-]){split}([_-].*)?\.{kind}")
         paths = sorted(os.path.join(folder, name) for name in names if pattern.fullmatch(name) and name[0] != ".")
         if paths and kind == "bin" and "meta.pkl" in names:
-            raise UserError(f"{folder}/meta.pkl: nanoGPT's ids of characters, not GPT-2's tokens; give the text itself, "
-                            "its input.txt, to train_gpt2.py --data")
+            raise UserError(f"{folder}/meta.pkl: nanoGPT's ids of characters, not GPT-2's tokens; give the text "
+                            "itself, its input.txt, to train_gpt2.py --data")
         if paths:
             return paths
     return []
@@ -461,15 +444,13 @@ def read_manifest(folder):
 # where documents come from: a source yields them in an order that never changes, from any place on
 
 DEFAULT_OUT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "edu_fineweb10B")
-CHARS_PER_PIECE = 1 << 18  # a longer document is tokenized in pieces, so that one huge text file uses every core
-LONGEST_PIECE = 1 << 20
 BYTES_PER_TOKEN = 4.5  # of English text in GPT-2's vocabulary; for estimates before the first token is there
 Place = collections.namedtuple("Place", "file row char")  # where in a source a text begins, all counted from 0
 
 
 @dataclasses.dataclass
 class Config:
-    files: tuple[str, ...] = ()  # local files or folders: .txt, .md (a document each), .jsonl, .csv, .parquet, ... [.gz, .zst]
+    files: tuple[str, ...] = ()  # local files or folders: .txt and .md (a document each), .jsonl, .csv, .parquet, ...
     dataset: str = "HuggingFaceFW/fineweb-edu"  # a data set on the Hugging Face hub, or a folder
     name: str | None = None  # its configuration; for FineWeb-Edu sample-10BT if not given
     split: str = "train"  # its split
@@ -491,21 +472,28 @@ class Config:
                 raise UserError(f"--{name}: {value} is too small; it must be at least 1")
 
 
-def not_utf8(path, encoding, where):
-    return UserError(f"{path}: not UTF-8{where}; convert it: iconv -f {encoding} -t utf-8 {shlex.quote(str(path))} > utf8.txt")
+def unpacked_name(path):
+    return re.sub(r"\.(gz|zst)$", "", str(path), flags=re.IGNORECASE)
+
+
+def not_utf8(path, encoding, where=""):
+    plain = unpacked_name(path)
+    unpack = "" if plain == str(path) else "unpack and "
+    return UserError(f"{path}: not UTF-8{where}; {unpack}convert it: iconv -f {encoding} -t utf-8 {shlex.quote(plain)} "
+                     "> utf8.txt")
 
 
 def check_utf16(head, path):
     """Raises UserError if a text that begins with these bytes is UTF-16, which may pass for UTF-8 full of zeros."""
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise not_utf8(path, "utf-16", "")
+        raise not_utf8(path, "utf-16")
     zeros = [head[i::2].count(0) for i in range(2)]
     if sum(zeros) > len(head) // 4:
-        raise not_utf8(path, "utf-16le" if zeros[1] > zeros[0] else "utf-16be", "")
+        raise not_utf8(path, "utf-16le" if zeros[1] > zeros[0] else "utf-16be")
 
 
 def decode_utf8(data, path):
-    """The text of a file's bytes, without a byte-order mark. Raises UserError with the command that converts another."""
+    """The text of a file's bytes, without a byte-order mark. Raises UserError with the command that mends it."""
     check_utf16(data[:1000], path)
     try:
         return data.decode("utf-8-sig")
@@ -513,71 +501,111 @@ def decode_utf8(data, path):
         raise not_utf8(path, "latin1", f" at byte {error.start}") from None
 
 
-def last_boundary(text):
-    """Where the last space or newline stands that follows a non-space; 0 if there is none."""
-    for start in (max(0, len(text) - 4096), 0):  # it is nearly always near the end
-        places = [match.start() for match in re.finditer(r"(?<=\S)[ \n]", text[start:])]
-        if places:
-            return start + places[-1]
-    return 0
-
-
-def cut_document(document, source, row, field):
-    """Yields (start, text) for a document, a string or a text stream, in pieces of about CHARS_PER_PIECE characters; at
-    least one. A cut stands before a space or newline that follows a non-space: no match of GPT-2's pattern reaches
-    across, and neither side's matches depend on the other, so the tokens are those of the uncut text. Where there is no
-    such place in LONGEST_PIECE characters, the cut is anywhere."""
-    if isinstance(document, str):
-        document = io.StringIO(document, newline="")
-    if not isinstance(document, io.TextIOBase):
-        kind = "null" if document is None else type(document).__name__
-        raise UserError(f"{source}: row {row + 1}: field {field!r} holds {kind}, not text; mend or remove that record")
-    start = 0
-    text = document.read(CHARS_PER_PIECE)
-    while following := document.read(CHARS_PER_PIECE):
-        cut = last_boundary(text)
-        if cut == 0 and len(text) >= LONGEST_PIECE:
-            cut = len(text)
-        if cut > 0:
-            yield start, text[:cut]
-            start += cut
-            text = text[cut:]
-        text += following
-    yield start, text
-
-
-def text_of(record, field, source, row):
-    """record[field]; with dots in the field, and no such key, of the records within. Raises UserError."""
+def find_text(record, field, where):
+    """record[field], a string or a text stream; with dots in the field, and no such key, of the records within."""
     value = record
     for name in [field] if isinstance(record, dict) and field in record else field.split("."):
         if not isinstance(value, dict) or name not in value:
-            raise no_field(source, row, field, record if isinstance(record, dict) else {})
+            names = ", ".join(record if isinstance(record, dict) else ()) or "none"
+            raise UserError(f"{where}: no field {field!r}, only {names}; name the right one with --text_field")
         value = value[name]
+    if not isinstance(value, (str, io.TextIOBase)):
+        kind = "null" if value is None else type(value).__name__
+        raise UserError(f"{where}: field {field!r} holds {kind}, not text; mend or remove that record")
     return value
 
 
-def no_field(source, row, field, fields):
-    shown = ", ".join(map(str, fields)) or "none"
-    return UserError(f"{source}: row {row + 1}: no field {field!r}, only {shown}; name the right one with --text_field")
+CHARS_PER_PIECE = 1 << 18  # a longer document is tokenized in pieces, so that one huge text file uses every core
+LONGEST_PIECE = 1 << 20
 
 
-PLAIN_TEXT = ("txt", "md", "rst", "tex", "html", "xml")
-ROWS = ("jsonl", "ndjson", "json", "csv", "tsv")
-ARCHIVES = {".zip": "unzip", ".tar": "tar -xf", ".tar.gz": "tar -xf", ".tgz": "tar -xf", ".tar.zst": "tar -xf", ".7z": "7z x",
-            ".bz2": "bunzip2", ".xz": "unxz"}
-LONGEST_ROW = 1 << 24  # characters of a CSV file's row, or of a field in it
+def cut_document(document):
+    """Yields (start, text) for a string or a text stream, in pieces of about CHARS_PER_PIECE characters; at least one.
+    A cut stands before a space or newline that follows a non-space: no match of GPT-2's pattern reaches across, and
+    neither side's matches depend on the other, so the tokens are those of the uncut text. Where there is no such place
+    in LONGEST_PIECE characters, the cut is anywhere."""
+    stream = io.StringIO(document, newline="") if isinstance(document, str) else document
+    start = 0
+    text = stream.read(CHARS_PER_PIECE)
+    while following := stream.read(CHARS_PER_PIECE):
+        last = re.match(r".*\S(?=[ \n])", text, re.DOTALL)
+        cut = last.end() if last else 0
+        if last is None and len(text) >= LONGEST_PIECE:
+            cut = len(text)
+        if cut:
+            yield start, text[:cut]
+        start += cut
+        text = text[cut:] + following
+    yield start, text
 
 
-def is_known(path):
-    return re.search(rf"\.parquet$|\.({'|'.join(PLAIN_TEXT + ROWS)})(\.gz|\.zst)?$", path.lower()) is not None
+# Readers of files: each yields (row, record), counted from 0. A record is a dict, or the bytes of one in JSON.
+
+def read_text(file, path, field):
+    yield 0, {field: io.TextIOWrapper(file, encoding="utf-8-sig", newline="")}
+
+
+def read_json(file, path, field):
+    """An array, which is read whole, or a record in each line."""
+    if file.peek(1000).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+        yield from enumerate(json.loads(file.read()))
+        return
+    for row, line in enumerate(file):
+        if line.strip():
+            yield row, line
+
+
+LONGEST_FIELD = 1 << 24  # characters; what is longer in a CSV file is probably a quote that was never closed
+
+
+def read_csv(file, path, field):
+    stream = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    lines = iter(functools.partial(stream.readline, LONGEST_FIELD + 1), "")  # an endless line comes in parts
+    csv.field_size_limit(LONGEST_FIELD)
+    rows = csv.reader(lines, delimiter="\t" if kind_of(path) == "tsv" else ",", strict=True)
+    row = -1
+    try:
+        header = next(rows, [])
+        for row, fields in enumerate(filter(None, rows)):  # an empty line is no row
+            if len(fields) != len(header):
+                raise UserError(f"{path}: row {row + 1}: has {len(fields)} fields, the header {len(header)}")
+            yield row, dict(zip(header, fields))
+    except csv.Error as error:
+        problem = str(error).replace("unexpected end of data", "a quote is opened and never closed")
+        raise UserError(f"{path}: row {row + 2}: {problem}") from None
+
+
+def read_parquet(file, path, field):
+    from pyarrow import parquet
+    table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # else a row group is read whole
+    names = table.schema_arrow.names
+    if field not in names + [column.path for column in table.schema]:
+        find_text(dict.fromkeys(names), field, f"{path}: row 1")  # raises
+    row = 0
+    for batch in table.iter_batches(64, columns=[field]):
+        yield from enumerate(batch.to_pylist(), row)
+        row += len(batch)
+
+
+READERS = {**dict.fromkeys(("txt", "md", "rst", "tex"), read_text), "csv": read_csv, "tsv": read_csv,
+           **dict.fromkeys(("jsonl", "ndjson", "json"), read_json), "parquet": read_parquet}
+REMEDIES = {"zip": "unzip", r"tar|tar\.\w+|tgz|tbz2?|txz": "tar -xf", "7z": "7z x", "rar": "unrar x", "gz": "gunzip",
+            "bz2": "bunzip2", "xz": "unxz", "zst": "unzstd", "html?": "pandoc -t plain -o text.txt"}
+
+
+def kind_of(path):
+    """Which of READERS reads a file of this name; None for others. All but Parquet may be packed by gzip or zstd."""
+    plain = unpacked_name(path)
+    kind = os.path.splitext(plain)[1][1:].lower()
+    return kind if kind in READERS and (kind != "parquet" or plain == path) else None
 
 
 def refuse_kind(path):
-    for ending, command in ARCHIVES.items():
-        if path.lower().endswith(ending):
-            raise UserError(f"{path}: an archive; unpack it first: {command} {shlex.quote(path)}")
-    kinds = ", ".join(f".{kind}" for kind in PLAIN_TEXT + ROWS)
-    raise UserError(f"{path}: unknown kind of file, not .parquet, {kinds} (also .gz, .zst)")
+    for ending, command in REMEDIES.items():
+        if re.search(rf"\.({ending})$", path.lower()):
+            raise UserError(f"{path}: cannot be read as it is; first: {command} {shlex.quote(path)}")
+    kinds = ", ".join(f".{kind}" for kind in READERS)
+    raise UserError(f"{path}: unknown kind of file, not {kinds} (also .gz, .zst)")
 
 
 def expand(pattern):
@@ -589,9 +617,11 @@ def expand(pattern):
     seen = set()
     for top in glob.iglob(base or "."):
         for folder, names, _ in os.walk(top, followlinks=True):
+            names[:] = sorted(name for name in names if name[0] != ".")
+            if os.path.realpath(folder) in seen:
+                names.clear()
+                continue
             seen.add(os.path.realpath(folder))
-            links = [name for name in names if os.path.realpath(os.path.join(folder, name)) in seen or name[0] == "."]
-            names[:] = sorted(set(names) - set(links))
             inside = glob.escape(folder) if base else os.path.relpath(folder)
             yield from expand(os.path.join(inside, rest.lstrip("/") or "*"))
 
@@ -604,14 +634,17 @@ class LocalFiles:
         found = set()
         for pattern in config.files:
             if os.path.isdir(pattern):
-                found.update(filter(is_known, expand(os.path.join(glob.escape(pattern), "**", "*"))))
-            found.update(expand(pattern))
-        files = {os.path.realpath(path): path for path in sorted(found, reverse=True) if os.path.isfile(path)}
+                paths = list(filter(kind_of, expand(os.path.join(glob.escape(pattern), "**", "*"))))
+            else:
+                paths = [pattern] if os.path.isfile(pattern) else list(filter(os.path.isfile, expand(pattern)))
+            if not paths:
+                problem = "holds no file of a known kind" if os.path.isdir(pattern) else "no such file"
+                raise UserError(f"{pattern}: {problem}")
+            found.update(paths)
+        files = {os.path.realpath(path): path for path in sorted(found, reverse=True)}
         self.paths = sorted(files.values())  # one path of each file
-        if not self.paths:
-            raise UserError(f"{self.description}: no such file")
         for path in self.paths:
-            if not is_known(path):
+            if kind_of(path) is None:
                 refuse_kind(path)
         self.sizes = [os.path.getsize(path) for path in self.paths]
         self.field = config.text_field
@@ -631,26 +664,6 @@ class LocalFiles:
             return 1
         return (sum(self.sizes[:self.file]) + self.raw.tell()) / sum(self.sizes)
 
-    def texts(self, first, state):
-        """Yields (place, None, text) from the place `first` on. A file that was left off is read from its beginning."""
-        readers = {"json": self.read_json, "csv": self.read_csv, "tsv": self.read_csv, "parquet": self.read_parquet,
-                   **dict.fromkeys(("jsonl", "ndjson"), self.read_lines), **dict.fromkeys(PLAIN_TEXT, self.read_txt)}
-        for file in range(first.file, len(self.paths)):
-            self.file = file
-            path = self.paths[file]
-            extension = path.lower().removesuffix(".gz").removesuffix(".zst").split(".")[-1]
-            row = 0
-            try:
-                for row, document in readers[extension](path):
-                    for char, text in cut_document(document, path, row, self.field):
-                        place = Place(file, row, char)
-                        if place >= first:
-                            yield place, None, text
-            except UnicodeDecodeError:
-                raise not_utf8(path, "latin1", "") from None
-            except (OSError, ValueError) as error:  # pyarrow's are of these
-                raise UserError(f"{path}: unreadable at or after row {row + 1}: {one_line(error)}") from None
-
     def open(self, path):
         """The file's bytes, decompressed. pyarrow notices a missing end, and reads files of several frames."""
         import pyarrow
@@ -660,76 +673,30 @@ class LocalFiles:
             return self.raw
         return io.BufferedReader(pyarrow.CompressedInputStream(self.raw, codec), 1 << 16)
 
-    def read_txt(self, path):  # this and the other readers yield (row, document)
-        file = self.open(path)
-        check_utf16(file.peek(1000)[:1000], path)
-        with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as stream:
-            yield 0, stream
-
-    def read_json(self, path):
-        """An array, which is read whole, or lines."""
-        with self.open(path) as file:
-            if file.peek(1000).lstrip()[:1] == b"[":
-                records = load_json(file.read(), path, 0)
-                yield from ((row, text_of(record, self.field, path, row)) for row, record in enumerate(records))
-                return
-        yield from self.read_lines(path)
-
-    def read_lines(self, path):
-        with self.open(path) as lines:
-            for row, line in enumerate(lines):
-                if line.strip():
-                    yield row, text_of(load_json(line, path, row), self.field, path, row)
-
-    def read_csv(self, path):
-        stream = io.TextIOWrapper(self.open(path), encoding="utf-8-sig", newline="")
-        csv.field_size_limit(LONGEST_ROW)
-        rows = csv.reader(bounded_lines(stream), delimiter="\t" if ".tsv" in path.lower()[-8:] else ",", strict=True)
-        row = -1  # the header
-        with stream:
+    def texts(self, first, state):
+        """Yields (place, None, text) from the place `first` on. A file that was left off is read from its beginning."""
+        for file in range(first.file, len(self.paths)):
+            self.file = file
+            path = self.paths[file]
+            kind = kind_of(path)
+            row = 0
             try:
-                header = next(rows, [])
-                if self.field not in header:
-                    raise no_field(path, 0, self.field, header)
-                column = header.index(self.field)
-                for fields in rows:
-                    if not fields:  # an empty line
-                        continue
-                    row += 1
-                    if len(fields) != len(header):
-                        raise UserError(f"{path}: row {row + 1}: has {len(fields)} fields, the header {len(header)}")
-                    yield row, fields[column]
-            except csv.Error as error:
-                known = {"unexpected end of data": "a quote is opened and never closed"}
-                problem = f"longer than {LONGEST_ROW:,} characters; a quote may be open" if "limit" in str(error) else error
-                raise UserError(f"{path}: row {row + 2}: {known.get(str(error), problem)}") from None
-
-    def read_parquet(self, path):
-        from pyarrow import parquet
-        with self.open(path) as file:
-            table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # else a row group is read whole
-            names, row = table.schema_arrow.names, 0
-            if self.field not in names + [column.path for column in table.schema]:
-                raise no_field(path, row, self.field, names)
-            for batch in table.iter_batches(64, columns=[self.field]):
-                for record in batch.to_pylist():
-                    yield row, text_of(record, self.field, path, row)
-                    row += 1
-
-
-def load_json(data, path, row):
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:  # the latter: too many brackets in one another
-        raise UserError(f"{path}: row {row + 1}: not JSON: {error}") from None
-
-
-def bounded_lines(stream):
-    """Its lines. Raises csv.Error for one that is too long to be held."""
-    while line := stream.readline(LONGEST_ROW):
-        if len(line) == LONGEST_ROW:
-            raise csv.Error("beyond the limit")
-        yield line
+                with self.open(path) as stream:
+                    if kind != "parquet":
+                        check_utf16(stream.peek(1000)[:1000], path)
+                    for row, record in READERS[kind](stream, path, self.field):
+                        if isinstance(record, bytes):
+                            record = json.loads(record)
+                        for char, text in cut_document(find_text(record, self.field, f"{path}: row {row + 1}")):
+                            place = Place(file, row, char)
+                            if place >= first:
+                                yield place, None, text
+            except UnicodeDecodeError:
+                raise not_utf8(path, "latin1") from None
+            except (json.JSONDecodeError, RecursionError) as error:  # the latter: too many brackets in one another
+                raise UserError(f"{path}: row {row + 1}: not JSON: {error}") from None
+            except (OSError, ValueError) as error:  # pyarrow's are of these
+                raise UserError(f"{path}: unreadable at or after row {row + 1}: {one_line(error)}") from None
 
 
 class HubDataset:
@@ -753,11 +720,9 @@ class HubDataset:
             raise UserError(f"{self.description}: cannot be opened: {one_line(error)}") from None
         for name in (self.field, self.field.split(".")[0]):
             if name in (data.column_names or ()):  # some data sets do not tell before the first row
-                data = data.select_columns([name])
-                break
+                return data.select_columns([name]).with_format("arrow")
         return data.with_format("arrow")
 
-    @property
     def info(self):
         """The split's sizes, if the data set tells them."""
         return (self.data.info.splits or {}).get(self.config.split)
@@ -767,11 +732,11 @@ class HubDataset:
         named = re.search(r"(\d+)BT", self.config.name or "")  # FineWeb's samples tell their size in their names
         if named:
             return int(named[1]) * 1e9
-        return self.info.num_bytes / BYTES_PER_TOKEN if self.info else None
+        return self.info() and self.info().num_bytes / BYTES_PER_TOKEN
 
     def fraction(self):
         """How much of the data set has been read, or None."""
-        return self.row / self.info.num_examples if self.info and self.info.num_examples else None
+        return self.info() and self.info().num_examples and self.row / self.info().num_examples
 
     def texts(self, first, state):
         """Yields (place, state, text) from the place `first` on, whose state is `state`."""
@@ -794,8 +759,7 @@ class HubDataset:
             if table is None:
                 return
             for row, record in enumerate(table.to_pylist(), self.row):
-                document = text_of(record, self.field, self.description, row)
-                for char, text in cut_document(document, self.description, row, self.field):
+                for char, text in cut_document(find_text(record, self.field, f"{self.description}: row {row + 1}")):
                     place = Place(0, row, char)
                     if place >= first:
                         yield place, state, text
@@ -960,13 +924,7 @@ def validation_size(tokens, eot):
 def own_manifest(folder):
     """The folder's manifest, None without one. Raises UserError where another program wrote it."""
     manifest = read_manifest(folder)
-    if manifest is None:
-        return None
-    shards = manifest.get("shards")
-    is_ours = isinstance(shards, list) and {"settings", "vocab_size", "tokens", "complete"} <= manifest.keys()
-    for shard in shards if is_ours else []:
-        is_ours &= isinstance(shard, dict) and {"name", "tokens", "sha256", "end"} <= shard.keys()
-    if not is_ours or not isinstance(manifest["settings"], dict):
+    if manifest is not None and not {"settings", "vocab_size", "shards", "complete"} <= manifest.keys():
         raise UserError(f"{folder}/manifest.json: not one of fineweb.py's; move it away, or choose another folder")
     return manifest
 
@@ -1003,9 +961,8 @@ def open_folder(folder, settings, description, tokenizer):
 
 def check_disk(folder, num_tokens):
     """Refuses to start where so many more do not fit."""
-    folder = os.path.abspath(folder)
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
+    while not os.path.isdir(folder):  # it may be made later
+        folder = os.path.dirname(os.path.abspath(folder))
     missing = 2 * num_tokens + (1 << 16) - shutil.disk_usage(folder).free
     if missing > 0:
         raise UserError(f"{folder}: about {2 * num_tokens / 1e9:,.3f} GB more are needed and {missing / 1e9:,.3f} GB "

@@ -50,6 +50,25 @@ def test_a_folder_is_everything_known_in_it_and_links_end(tmp_path):
         assert np.array_equal(tokens_of(tmp_path / f"shards{i}"), expected), pattern
 
 
+def test_a_path_is_taken_as_it_stands_and_none_is_lost(tmp_path):
+    """Brackets in a file's name, which glob would read as a set of characters, and a file that is not there."""
+    names = ["a[1].txt", "b?.txt", "c.txt"]
+    (tmp_path / "texts [old]").mkdir()
+    for name in names:
+        (tmp_path / "texts [old]" / name).write_text(f"The text of {name}.\n" * 20)
+    paths = [tmp_path / "texts [old]" / name for name in names]
+    expected = expected_stream([path.read_text() for path in paths])
+    for i, files in enumerate([paths, paths[:1] + [tmp_path / "texts [old]"]]):
+        run("fineweb.py", "--files", *files, "--out", tmp_path / f"shards{i}", "--workers", 1)
+        assert np.array_equal(tokens_of(tmp_path / f"shards{i}"), expected)
+    for missing in (tmp_path / "gone.txt", tmp_path / "*.jsonl"):
+        said = refused("--files", *paths, missing, "--out", tmp_path / "no", "--workers", 1)
+        assert f"{missing}: no such file" in said
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed/a.zip").write_bytes(b"")
+    assert f"{tmp_path / 'packed'}: holds no" in refused("--files", tmp_path / "packed", "--out", tmp_path / "no")
+
+
 def test_the_home_folder_in_a_flag(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("some text\n" * 20)
@@ -154,9 +173,9 @@ def test_a_quote_that_is_never_closed_is_told(name, separator, tmp_path):
 
 
 @pytest.mark.parametrize("data, says", [
-    (b'text\n"a"b\n', "row 1: "), (b"text\n" + b"x" * (1 << 24) + b"\n", "row 1: longer than 16,777,216 characters"),
-    (b'text\nfine\n"' + b"x y\n" * (1 + (1 << 22)) + b'"\n', "row 2: longer than 16,777,216 characters"),
-    (b"text\nfine\n" + b"x\xff\n", "not UTF-8"), (b"id\ttext\n1\tone\n", "no field 'text', only id\ttext")])
+    (b'text\n"a"b\n', "row 1: "), (b"text\n" + b"x" * (1 + (1 << 24)) + b"\n", "row 1: field larger than field limit (16777216)"),
+    (b'text\nfine\n"' + b"x y\n" * (1 + (1 << 22)) + b'"\n', "row 2: field larger than field limit (16777216)"),
+    (b"text\nfine\n" + b"x\xff\n", "not UTF-8"), (b"id\ttext\n1\tone\n", "row 1: no field 'text', only id\ttext")])
 def test_csv_that_is_none(data, says, tmp_path):
     (tmp_path / "a.csv").write_bytes(data)
     assert says in refused("--files", tmp_path / "a.csv", "--out", tmp_path / "shards", "--workers", 1)
@@ -199,6 +218,7 @@ def test_every_kind_of_text_and_of_rows(tmp_path):
     (tmp_path / "e.tsv").write_text("id\ttext\n" + "".join(f'{i}\t"{text}"\n' for i, text in enumerate(texts[8:10])))
     (tmp_path / "f.json.gz").write_bytes(gzip.compress(json.dumps([{"text": texts[10]}]).encode()))
     (tmp_path / "g.rst").write_text(texts[11])
+    (tmp_path / "h.html").write_text("<p>no plain text</p>")
     run("fineweb.py", "--files", tmp_path, "--out", tmp_path / "shards", "--workers", 1)
     assert np.array_equal(tokens_of(tmp_path / "shards"), expected_stream(texts))
 
@@ -220,11 +240,36 @@ def test_nested_fields(tmp_path):
 
 
 @pytest.mark.parametrize("name, says", [("a.zip", "unzip"), ("a.tar", "tar -xf"), ("a.tar.gz", "tar -xf"), ("a.tgz", "tar -xf"),
-                                        ("a.7z", "7z x"), ("a.jsonl.bz2", "bunzip2"), ("a.jsonl.xz", "unxz")])
-def test_archives_are_refused_with_the_command(name, says, tmp_path):
+                                        ("a.7z", "7z x"), ("a.jsonl.bz2", "bunzip2"), ("a.jsonl.xz", "unxz"),
+                                        ("a.tar.bz2", "tar -xf"), ("a.tar.xz", "tar -xf"), ("A.ZIP", "unzip"),
+                                        ("a.html", "pandoc -t plain -o text.txt"), ("a.html.gz", "gunzip")])
+def test_what_is_not_read_as_it_is_is_refused_with_the_command(name, says, tmp_path):
     (tmp_path / name).write_bytes(b"")
     said = refused("--files", tmp_path / name, "--out", tmp_path / "shards")
     assert name in said and f"{says} {tmp_path / name}" in said
+
+
+@pytest.mark.parametrize("encoding, command", [("utf-16", "iconv -f utf-16 "), ("utf-16-le", "iconv -f utf-16le "),
+                                               ("utf-16-be", "iconv -f utf-16be "), ("latin1", "iconv -f latin1 ")])
+@pytest.mark.parametrize("name", ["a.txt", "a.md.gz", "a.jsonl", "a.json", "a.ndjson.gz", "a.csv", "a.tsv"])
+def test_other_encodings_are_told_the_command_that_converts_them(name, encoding, command, tmp_path):
+    rows = [{"text": f"caf\u00e9 {i}"} for i in range(20)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    text = {"json": f"[{', '.join(lines)}]", "jsonl": "\n".join(lines), "ndjson": "\n".join(lines)}.get(name.split(".")[1])
+    data = (text or "text\n" + "\n".join(row["text"] for row in rows)).encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    said = refused("--files", tmp_path / name, "--out", tmp_path / "shards", "--workers", 1)
+    plain = tmp_path / name.removesuffix(".gz")
+    assert f"{name}: " in said and f"not UTF-8; {'unpack and ' if name.endswith('gz') else ''}convert it: {command}" in said
+    assert said.endswith(f"-t utf-8 {plain} > utf8.txt")
+
+
+@pytest.mark.parametrize("name, data", [("a.json", '[{"text": "one"}]'), ("a.json", '{"text": "one"}\n'),
+                                        ("a.jsonl", '{"text": "one"}\n'), ("a.csv", "text\none\n"), ("a.txt", "one")])
+def test_a_byte_order_mark_is_no_text(name, data, tmp_path):
+    (tmp_path / name).write_bytes(data.encode("utf-8-sig"))
+    run("fineweb.py", "--files", tmp_path / name, "--out", tmp_path / "shards", "--workers", 1)
+    assert np.array_equal(tokens_of(tmp_path / "shards"), expected_stream(["one"]))
 
 
 @pytest.mark.parametrize("content, says", [("[1, 2", "not JSON"), ('[{"text": "a"}, 5]', "row 2: no field 'text'"),

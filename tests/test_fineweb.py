@@ -480,7 +480,7 @@ def test_pieces_have_the_tokens_of_the_whole(monkeypatch):
     monkeypatch.setattr(fineweb, "CHARS_PER_PIECE", 7)
     tokenizer, rng, cuts = fineweb.get_tokenizer("gpt2"), random.Random(3), 0
     for text in HARD_TEXTS + [random_text(rng) for _ in range(300)] + make_documents(40):
-        parts = list(fineweb.cut_document(text, "", 0, ""))
+        parts = list(fineweb.cut_document(text))
         assert "".join(part for _, part in parts) == text and [i for i, _ in parts] == \
             [sum(len(part) for _, part in parts[:i]) for i in range(len(parts))]
         assert [t for _, part in parts for t in tokenizer.encode(part)] == tokenizer.encode(text)
@@ -502,19 +502,20 @@ def test_a_text_file_of_many_pieces(tmp_path):
     ("a.jsonl", b'{"text": "fine"}\n\n{"text": null}\n', "a.jsonl: row 3: field 'text' holds null, not text"),
     ("a.jsonl", b'{"text": "fine"}\n["text"]\n', "a.jsonl: row 2: no field 'text'"),
     ("a.jsonl", b'{"text": "fine"}\n{"text": "cut', "a.jsonl: row 2: not JSON"),
-    ("a.jsonl", b'{"text": "\xff\xfe"}\n', "a.jsonl: row 1: not JSON: 'utf-8' codec"),
+    ("a.jsonl", b'{"text": "\xff\xfe"}\n', "a.jsonl: not UTF-8; convert it: iconv -f latin1"),
     ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 50, mtime=0)[:-9],
      "a.jsonl.gz: unreadable at or after row.*[Tt]runcated"),
     ("a.jsonl.gz", b"plain", "a.jsonl.gz: unreadable.*incorrect header"),
     ("a.txt.zst", b"plain", "a.txt.zst: unreadable"),
     ("a.csv", b"id,body\n1,x\n", "a.csv: row 1: no field 'text', only id, body"),
     ("a.csv", b"id,text\n1,x\n2\n", "a.csv: row 2: has 1 fields, the header 2"),
-    ("a.csv", b"", "a.csv: row 1: no field 'text', only none"),
+    ("a.csv", b"", "holds no documents"),
+    ("a.csv", b"id,text\n", "holds no documents"),
     ("a.txt", b"caf\xe9", "a.txt: not UTF-8; convert it: iconv -f latin1"),
     ("a.txt", "caf\xe9".encode("utf-16"), "a.txt: not UTF-8; convert it: iconv -f utf-16"),
     ("a.parquet", b"PAR1", "a.parquet: unreadable"),
     ("a.pdf", b"", "a.pdf: unknown kind of file"),
-    ("a.parquet.gz", b"", "a.parquet.gz: unknown kind of file"),
+    ("a.parquet.gz", b"", "a.parquet.gz: cannot be read as it is; first: gunzip"),
     ("a.jsonl", b"", "holds no documents"),
     ("a.txt", b"", "a single token"),
 ])
@@ -522,7 +523,7 @@ def test_bad_input_is_named(tmp_path, name, data, says):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=says) as error:
         build(tmp_path / "out", tmp_path / name)
-    assert "\n" not in str(error.value) and (name in str(error.value) or len(data) == 0)
+    assert "\n" not in str(error.value) and (name in str(error.value) or len(data) < 10)
     assert not os.path.exists(tmp_path / "out") or os.listdir(tmp_path / "out") == []
 
 
