@@ -1,7 +1,7 @@
 """
 Trains GPT-2 from scratch: on a laptop's CPU, on one GPU, or on many.
 
-$ python train_gpt2.py                                             # Shakespeare, a minute and a half on two CPU cores
+$ python train_gpt2.py                                             # Shakespeare, about a minute on two CPU cores
 $ python fineweb.py && python train_gpt2.py                        # GPT-2 124M on FineWeb-Edu, one GPU
 $ torchrun --standalone --nproc_per_node=8 train_gpt2.py           # the same run on eight GPUs
 $ torchrun --standalone --nproc_per_node=8 train_gpt2.py --resume  # ... and on from its newest checkpoint
