@@ -245,13 +245,15 @@ def to_compute_dtype(module, args, output):
     return output.to(train_gpt2.compute_dtype(output))
 
 
-def training_speed(device, batch_size, accumulation=1, steps=3, **parts):
-    """parts: see training_step."""
+def training_speed(device, batch_size, accumulation=1, steps=3, warm_steps=0, **parts):
+    """parts: see training_step. warm_steps: after the first; a CPU's memory is all touched only after some."""
     model, step = training_step(device, batch_size, accumulation, **parts)
     synchronize(device)
     started = time.perf_counter()
     step()
     first = time.perf_counter() - started
+    for _ in range(warm_steps):
+        step()
     seconds = seconds_of(step, device, steps, warm=False)
     tokens = accumulation * batch_size * model.config.block_size
     flops = train_gpt2.peak_flops(device.split(":")[0])
@@ -272,7 +274,8 @@ def ladder(args):
              ("+ norms and GELUs recomputed", dict(recompute=True)),
              *([] if cuda else [("+ freed memory used again: this script", dict(keep_memory=True))])]
     peer = dict(dtype=native, attention="sdpa", padded=True, head="plain", optimizer="fused" if cuda else "loop", compiled=cuda, recompute=False)
-    common = dict(device=args.device, accumulation=args.accumulation, steps=args.steps, memory_limit_gb=args.memory_limit_gb)
+    common = dict(device=args.device, accumulation=args.accumulation, steps=args.steps, memory_limit_gb=args.memory_limit_gb,
+                  warm_steps=0 if cuda else 3)
     rows = []
 
     def measure(name, batch_size, parts):
@@ -1205,8 +1208,8 @@ def main():
     parser.add_argument("--dtype", help="default: what --dtype auto of train_gpt2.py picks")
     parser.add_argument("--memory_limit_gb", type=float, default=0, help="pretend that the GPU has no more")
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--accumulation", type=int, default=2, help="micro-steps a step (ladder)")
-    parser.add_argument("--steps", type=int, help="timed steps of each row (ladder: 2, on CUDA 10); optimizer steps (recipe, ablation: 250)")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-steps a step (ladder)")
+    parser.add_argument("--steps", type=int, help="timed steps of each row (ladder: 3, on CUDA 10); optimizer steps (recipe, ablation: 250)")
     parser.add_argument("--tokens", type=int, default=65536, help="trained on by each row, twice (architecture)")
     parser.add_argument("--megabytes", type=int, default=80, help="of text (tokenize)")
     parser.add_argument("--copies", type=int, default=7, help="of that text in the long run (tokenize)")
@@ -1227,7 +1230,7 @@ def main():
     for name in COMMANDS if "all" in args.commands else args.commands:
         if name in NOT_IN_ALL and name not in args.commands:
             continue
-        steps = {"ladder": 10 if args.device.startswith("cuda") else 2, "gpu": 12}.get(name, 250)
+        steps = {"ladder": 10 if args.device.startswith("cuda") else 3, "gpu": 12}.get(name, 250)
         started = time.time()
         try:
             found = COMMANDS[name](argparse.Namespace(**{**vars(args), "steps": args.steps or steps}))
