@@ -1,11 +1,12 @@
-"""The README: its flag tables are those of --help, and its commands run as printed.
+"""The README: short enough to be read, its table of flags that of --help, and its commands run as printed.
 
-$ python tests/test_readme.py    # writes the flag tables anew
+$ python tests/test_readme.py    # writes the table of flags anew
 """
 import re
 
 import pytest
 
+import benchmark
 from conftest import ROOT, fineweb, run, shell
 
 README = ROOT / "README.md"
@@ -28,10 +29,11 @@ def help_entries(command):
     return [re.split(r"\s{2,}", entry, maxsplit=1) for entry in entries]
 
 
-def flag_tables():
-    lines = []
+def flag_table():
+    """One for all commands."""
+    lines = ["| flag | default | meaning |", "|---|---|---|"]
     for command in COMMANDS:
-        lines += ["", f"`python {command}`", "", "| flag | default | meaning |", "|---|---|---|"]
+        lines.append(f"| **`{command}`** | | |")
         for flag, about in help_entries(command):
             name, _, values = flag.partition(" ")
             name = name.rstrip(",")  # --x, --no_x
@@ -39,18 +41,28 @@ def flag_tables():
             default = "one per core" if name == "--workers" else DEFAULTS.get(default, default)
             choices = f" ({values[1:-1].replace(',', ', ')})" if values.startswith("{") else ""
             lines.append(f"| `{name}` | {default} | {meaning}{choices} |")
-    return "\n".join(lines).strip()
+    return "\n".join(lines)
 
 
-def with_flag_tables(text):
+def with_flag_table(text):
     start, end = "<!-- flags -->\n", "<!-- end of flags -->\n"
-    return text[:text.index(start)] + start + flag_tables() + "\n" + text[text.index(end):]
+    return text[:text.index(start)] + start + flag_table() + "\n" + text[text.index(end):]
 
 
-def test_flag_tables_are_those_of_help():
+def test_flag_table_is_that_of_help():
     text = README.read_text()
-    assert text == with_flag_tables(text), "run python tests/test_readme.py"
+    assert text == with_flag_table(text), "run python tests/test_readme.py"
     assert "| `--n_layer` | 12 | transformer blocks |" in text
+
+
+def test_a_stranger_finishes_it():
+    text = README.read_text()
+    assert len(text) <= 20000 and text.count("\n") <= 300
+
+
+def test_every_part_of_the_benchmark_that_it_names_is_there():
+    named = re.findall(r"(?:benchmark\.py|`B) (\w+)", README.read_text())
+    assert len(set(named)) >= 8 and set(named) <= {*benchmark.COMMANDS, "all"}
 
 
 def blocks():
@@ -78,4 +90,4 @@ def test_commands_run_as_printed(number, folder):
 
 
 if __name__ == "__main__":
-    README.write_text(with_flag_tables(README.read_text()))
+    README.write_text(with_flag_table(README.read_text()))
