@@ -246,7 +246,7 @@ class FolderTokenizer:
         except Exception as error:  # what tokenizers raises for a damaged file
             raise UserError(f"{self.name}: no Transformers tokenizer opens ({one_line(error)})") from None
         self.eot = self.tokenizer.eos_token_id
-        self.vocab_size = len(self.tokenizer)
+        self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1  # len() counts no gaps
         if self.eot is None:
             raise UserError(f"{self.name}: no end-of-text token; set eos_token in tokenizer_config.json")
 
@@ -377,12 +377,12 @@ def write_shard(path, tokens):
 def read_shard(path):
     """The tokens of one shard: 1-D uint16, memory-mapped. Raises UserError, naming the file, if it is not a shard."""
     remedy = "fetch it again, or delete it and run fineweb.py again"
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such shard")
     if str(path).endswith(".bin"):
         return read_bin(path)
     try:
         tokens = np.load(path, mmap_mode="r")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such shard") from None
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path}: truncated, or not a .npy file ({one_line(error)}); {remedy}") from None
     if tokens.dtype != np.dtype("<u2") or tokens.ndim != 1:
@@ -393,9 +393,8 @@ def read_shard(path):
 def read_bin(path):
     """The same of nanoGPT's .bin, bare ids, or of llm.c's and modded-nanogpt's, with a header of 256 int32: magic
     number, version and number of tokens."""
-    size = os.path.getsize(path)
-    if size == 0 or size % 2:
-        raise UserError(f"{path}: {'an odd number of bytes' if size else 'empty'}, so not whole; fetch it again")
+    if os.path.getsize(path) % 2 or not os.path.getsize(path):
+        raise UserError(f"{path}: empty, or an odd number of bytes, so not whole; fetch it again")
     tokens = np.memmap(path, dtype="<u2", mode="r")
     header = np.frombuffer(tokens[:6].tobytes().ljust(12), dtype="<i4").tolist()
     if header[0] == 20240801:
@@ -522,7 +521,7 @@ LONGEST_PIECE = 1 << 20
 def cut_document(document):
     """Yields (start, text) for a string or a text stream, in pieces of about CHARS_PER_PIECE characters; at least one.
     A cut stands before a space or newline that follows a non-space: no match of GPT-2's pattern reaches across, and
-    neither side's matches depend on the other, so the tokens are those of the uncut text. Where there is no such place
+    neither side's matches depend on the other, so its tokens are those of the uncut text. Where there is no such place
     in LONGEST_PIECE characters, the cut is anywhere."""
     stream = io.StringIO(document, newline="") if isinstance(document, str) else document
     start = 0
@@ -600,14 +599,6 @@ def kind_of(path):
     return kind if kind in READERS and (kind != "parquet" or plain == path) else None
 
 
-def refuse_kind(path):
-    for ending, command in REMEDIES.items():
-        if re.search(rf"\.({ending})$", path.lower()):
-            raise UserError(f"{path}: cannot be read as it is; first: {command} {shlex.quote(path)}")
-    kinds = ", ".join(f".{kind}" for kind in READERS)
-    raise UserError(f"{path}: unknown kind of file, not {kinds} (also .gz, .zst)")
-
-
 def expand(pattern):
     """Yields the paths that match, as glob does, but visits a folder once, however many links lead to it."""
     base, has_stars, rest = pattern.partition("**")
@@ -644,8 +635,12 @@ class LocalFiles:
         files = {os.path.realpath(path): path for path in sorted(found, reverse=True)}
         self.paths = sorted(files.values())  # one path of each file
         for path in self.paths:
-            if kind_of(path) is None:
-                refuse_kind(path)
+            if kind_of(path):
+                continue
+            for ending, command in REMEDIES.items():
+                if re.search(rf"\.({ending})$", path.lower()):
+                    raise UserError(f"{path}: cannot be read as it is; first: {command} {shlex.quote(path)}")
+            raise UserError(f"{path}: unknown kind of file, not .{', .'.join(READERS)} (also .gz, .zst)")
         self.sizes = [os.path.getsize(path) for path in self.paths]
         self.field = config.text_field
         self.settings = {"files": [list(pair) for pair in zip(self.paths, self.sizes)], "text_field": self.field}
@@ -666,11 +661,11 @@ class LocalFiles:
 
     def open(self, path):
         """The file's bytes, decompressed. pyarrow notices a missing end, and reads files of several frames."""
-        import pyarrow
         self.raw = open(path, "rb")
         codec = {"gz": "gzip", "zst": "zstd"}.get(path.lower().split(".")[-1])
         if codec is None:
             return self.raw
+        import pyarrow
         return io.BufferedReader(pyarrow.CompressedInputStream(self.raw, codec), 1 << 16)
 
     def texts(self, first, state):
@@ -749,23 +744,21 @@ class HubDataset:
             data, state = data.skip(self.row), None
         elif self.config.streaming:
             state = {"row": 0, "source": data.state_dict()}
-        tables = data.iter(256)
-        while True:
-            try:
-                table = next(tables, None)
-            except Exception as error:  # the network's and the file formats' many kinds
-                raise UserError(f"{self.description}: reading failed after row {self.row}: {one_line(error)}; "
-                                "the same command continues") from None
-            if table is None:
-                return
-            for row, record in enumerate(table.to_pylist(), self.row):
-                for char, text in cut_document(find_text(record, self.field, f"{self.description}: row {row + 1}")):
-                    place = Place(0, row, char)
-                    if place >= first:
-                        yield place, state, text
-            self.row += len(table)
-            if state:
-                state = {"row": self.row, "source": data.state_dict()}
+        try:
+            for table in data.iter(256):
+                for row, record in enumerate(table.to_pylist(), self.row):
+                    for char, text in cut_document(find_text(record, self.field, f"{self.description}: row {row + 1}")):
+                        place = Place(0, row, char)
+                        if place >= first:
+                            yield place, state, text
+                self.row += len(table)
+                if state:
+                    state = {"row": self.row, "source": data.state_dict()}
+        except UserError:
+            raise
+        except Exception as error:  # the network's and the file formats' many kinds
+            raise UserError(f"{self.description}: reading failed after row {self.row}: {one_line(error)}; "
+                            "the same command continues") from None
 
 
 # -----------------------------------------------------------------------------
@@ -897,10 +890,15 @@ class ShardWriter:
             f.write(json.dumps(self.manifest, indent=1).encode())
 
     def finish(self):
-        """To be called after the last token."""
+        """To be called after the last token. Of an only shard about a tenth, in whole documents, is for validation."""
         tokens = self.buffer[:self.filled]
         if not self.shards:
-            cut = validation_size(tokens, self.eot)
+            if len(tokens) < 2:
+                raise UserError("the source holds a single token, too little for a validation and a training shard")
+            cut = max(1, len(tokens) // 10)
+            starts = np.flatnonzero(tokens[1:len(tokens) // 2 + 1] == self.eot) + 1
+            if len(starts):
+                cut = int(starts[np.argmin(abs(starts - cut))])
             self.end = None  # there is no continuing after the first of the two: they stay or go together
             self.publish(tokens[:cut])
             self.publish(tokens[cut:])
@@ -908,17 +906,6 @@ class ShardWriter:
             self.publish(tokens)
         self.manifest["complete"] = True
         self.save_manifest()
-
-
-def validation_size(tokens, eot):
-    """How many tokens of an only shard are for validation: about 10%, up to a document's beginning if there is one."""
-    if len(tokens) < 2:
-        raise UserError("the source holds a single token, too little for a validation and a training shard")
-    tenth = max(1, len(tokens) // 10)
-    starts = np.flatnonzero(tokens[1:len(tokens) // 2 + 1] == eot) + 1
-    if len(starts) == 0:
-        return tenth
-    return int(starts[np.argmin(abs(starts - tenth))])
 
 
 def own_manifest(folder):
@@ -936,26 +923,27 @@ def open_folder(folder, settings, description, tokenizer):
     if not manifest or not manifest["shards"]:
         if manifest is None and (list_shards(folder, "train") or list_shards(folder, "val")):
             raise UserError(f"{folder}: shards without a manifest.json, of another program; choose another --out")
-        return {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "dataset": description,
-                "settings": settings, "tokens": 0, "documents": 0, "complete": False, "shards": []}
-    for name in [*settings, *manifest["settings"]]:
-        old, new = manifest["settings"].get(name), settings.get(name)
+        return {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
+                "dataset": description, "settings": settings, "tokens": 0, "documents": 0, "complete": False,
+                "shards": []}
+    old_settings = {"tokenizer": "gpt2", **manifest["settings"]}  # older manifests do not name it
+    for name in [*settings, *old_settings]:
+        old, new = old_settings.get(name), settings.get(name)
         if name == "files" and old and new:  # tell the first that differs
             pairs = itertools.zip_longest(old, new)
             old, new = next((pair for pair in pairs if pair[0] != pair[1]), (None, None))
         if old != new:
             raise UserError(f"{folder} was made with {name} {json.dumps(old)}, now it is {json.dumps(new)}; "
                             "choose another --out, or delete that folder")
-    good = []
-    for shard in manifest["shards"]:
+    for i, shard in enumerate(manifest["shards"]):
         path = os.path.join(folder, shard["name"])
         size = 128 + 2 * shard["tokens"]  # numpy's header takes 128 bytes
         if not os.path.isfile(path) or os.path.getsize(path) != size:
             manifest["complete"] = False
+            del manifest["shards"][i:]
             break
-        good.append(shard)
     if not manifest["complete"]:
-        manifest["shards"] = [shard for shard in good if shard["end"]]
+        manifest["shards"] = [shard for shard in manifest["shards"] if shard["end"]]
     return manifest
 
 
@@ -995,9 +983,8 @@ def build(config, context="spawn"):
     `context` is how multiprocessing starts the workers. Raises UserError."""
     import tqdm
     source = LocalFiles(config) if config.files else HubDataset(config)
-    settings = {**source.settings, "shard_size": config.shard_size, "max_tokens": config.max_tokens}
-    if config.tokenizer != "gpt2":  # which the manifests of older folders do not name
-        settings["tokenizer"] = config.tokenizer
+    settings = {**source.settings, "shard_size": config.shard_size, "max_tokens": config.max_tokens,
+                "tokenizer": config.tokenizer}
     tokenizer = new_tokenizer(config.tokenizer)
     manifest = open_folder(config.out, settings, source.description, tokenizer)
     shards = manifest["shards"]

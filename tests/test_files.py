@@ -311,6 +311,17 @@ def test_shards_of_other_trainers_train_alike(kind, gpt2_shards, tmp_path):
     assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16
 
 
+def test_a_folder_with_npy_and_bin_shards(gpt2_shards, tmp_path):
+    """The .npy files are read, whoever made the others."""
+    for path in fineweb.list_shards(gpt2_shards, "train") + fineweb.list_shards(gpt2_shards, "val"):
+        shutil.copy(path, tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.bin").write_bytes(b"odd")
+    for split in ("train", "val"):
+        names = [path.split("/")[-1] for path in fineweb.list_shards(tmp_path, split)]
+        assert names == [path.split("/")[-1] for path in fineweb.list_shards(gpt2_shards, split)]
+
+
 @pytest.mark.parametrize("content, says", [
     (llmc(np.arange(3000, dtype="<u2"))[:-2], "holds 2,999 tokens, its header says 3,000"),
     (np.array([20240520, 7, 9], dtype="<i4").tobytes() + bytes(5000), "version 7"),
@@ -344,12 +355,13 @@ def test_shards_of_any_tokenizer(tmp_path):
     command = ["--files", tmp_path / "a.jsonl", "--out", tmp_path / "shards", "--workers", 1, "--shard_size", 2000]
     run("fineweb.py", *command, "--tokenizer", "tok", cwd=tmp_path)
     manifest = fineweb.read_manifest(tmp_path / "shards")
-    assert (manifest["tokenizer"], manifest["vocab_size"], manifest["documents"]) == ("tok", size, 20)
+    assert [manifest[name] for name in ("tokenizer", "vocab_size", "eot", "documents")] == ["tok", size, 1, 20]
     tokenizer = fineweb.get_tokenizer(str(tmp_path / "tok"))
     expected = [token for text in texts for token in [tokenizer.eot, *tokenizer.encode(text)]]
     assert tokens_of(tmp_path / "shards").tolist() == expected
     run("fineweb.py", "--verify", tmp_path / "shards")
-    assert "made with tokenizer" in refused(*command) and "made with tokenizer" in refused(*command, "--tokenizer", "byte")
+    for other in ("gpt2", "byte"):
+        assert f'made with tokenizer "tok", now it is "{other}"' in refused(*command, "--tokenizer", other)
     shutil.rmtree(tmp_path / "tok")  # the shards' folder has its files
     run("train_gpt2.py", "--preset", "tiny", *SMALL, "--data", tmp_path / "shards", "--checkpoint_every", 6,
         "--out_dir", tmp_path / "log")
@@ -365,6 +377,34 @@ def test_shards_of_any_tokenizer(tmp_path):
         shutil.copy(file, tmp_path / "log/step_000008")
     said = train_refused("train_gpt2.py", "eval", "--checkpoint", tmp_path / "log/step_000008", "--data", tmp_path / "shards")
     assert "tok tokens" in said
+
+
+def test_manifests_without_a_tokenizer_setting_are_gpt2s(tmp_path):
+    """Those of older versions: the folder is continued with GPT-2's tokenizer alone."""
+    (tmp_path / "a.txt").write_text((ROOT / "input.txt").read_text()[:20_000])
+    command = ["--files", tmp_path / "a.txt", "--out", tmp_path / "shards", "--workers", 1, "--shard_size", 1000]
+    run("fineweb.py", *command)
+    whole = tokens_of(tmp_path / "shards")
+    manifest = fineweb.read_manifest(tmp_path / "shards")
+    del manifest["settings"]["tokenizer"], manifest["eot"]
+    (tmp_path / "shards/manifest.json").write_text(json.dumps(manifest))
+    assert 'made with tokenizer "gpt2", now it is "byte"' in refused(*command, "--tokenizer", "byte")
+    (tmp_path / "shards/edufineweb_train_000002.npy").unlink()
+    run("fineweb.py", *command)
+    assert np.array_equal(tokens_of(tmp_path / "shards"), whole)
+
+
+def test_a_tokenizer_with_gaps_in_its_ids(tmp_path):
+    """vocab_size is above every id, not how many there are."""
+    save_llama2_tokenizer(tmp_path / "tok", ["one", "two"])
+    path = tmp_path / "tok/tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["\u2581two"] = 40
+    path.write_text(json.dumps(content))
+    (tmp_path / "a.txt").write_text("one two " * 50)
+    run("fineweb.py", "--files", tmp_path / "a.txt", "--out", tmp_path / "shards", "--workers", 1, "--tokenizer", tmp_path / "tok")
+    assert tokens_of(tmp_path / "shards").max() == 40 and fineweb.read_manifest(tmp_path / "shards")["vocab_size"] == 41
+    run("fineweb.py", "--verify", tmp_path / "shards")
 
 
 def test_a_byte_shard_and_a_tokenizer_of_too_many_ids(tmp_path):
