@@ -6,12 +6,14 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import fineweb
 import hellaswag
 from conftest import run
-from test_hellaswag import make_examples, randomize
+from test_hellaswag import are_packed, make_examples, make_items, our_scores, randomize
 
 SIZES = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              vocab_size=257, max_position_embeddings=512)
@@ -37,7 +39,7 @@ RECURRENT = {  # by the name of their config class: what makes them small
 }
 DISTANCE = {  # whose positions come from the row itself: attention with linear biases
     "FalconConfig": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=257, alibi=True),
-    "MptConfig": dict(d_model=64, n_layers=2, n_heads=4, vocab_size=257, max_seq_len=100),
+    "MptConfig": dict(d_model=64, n_layers=2, n_heads=4, vocab_size=257, max_seq_len=512),
 }
 ATTENTION = {
     "MixtralConfig": dict(SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
@@ -76,28 +78,16 @@ def one_text_at_a_time(model, block_size):
 
 
 @torch.no_grad()
-def make_items(model):
-    return hellaswag.make_items(model, EXAMPLES, ENCODE, "completion", torch.device("cpu"))
+def check(model, packed):
+    items = make_items(model, "completion", EXAMPLES, ENCODE)
+    assert are_packed(items) == packed
+    scores, _ = our_scores(model, items)
+    np.testing.assert_allclose(scores, one_text_at_a_time(model, 512), rtol=2e-6)
 
 
-@torch.no_grad()
-def check(model, packed, block_size=512):
-    items = make_items(model)
-    assert any(len(item.rows) == 1 for item in items) == packed
-    scores = np.empty((len(items), 4))
-    for batch in hellaswag.make_batches(items, "cpu"):
-        losses = hellaswag.score_batch(model, batch, torch.device("cpu"))
-        scores[[item.example["ind"] for item in batch]] = losses
-    np.testing.assert_allclose(scores, one_text_at_a_time(model, block_size), rtol=2e-6)
-
-
-@pytest.mark.parametrize("name", [*RECURRENT, "FalconConfig"])
+@pytest.mark.parametrize("name", [*RECURRENT, *DISTANCE])
 def test_layers_that_read_the_row_in_order_score_a_text_alone(name):
     check(build(name), packed=False)
-
-
-def test_a_text_is_cut_to_what_mpt_reads():
-    check(build("MptConfig"), packed=False, block_size=100)
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -110,19 +100,34 @@ def test_a_state_that_hardly_leaks_is_found():
     for dtype in (torch.float32, torch.bfloat16):
         model = build("FalconH1Config", std=0.04).to(dtype)
         weights = {name: tensor.clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-        assert not any(len(item.rows) == 1 for item in make_items(model))
+        assert not are_packed(make_items(model, "completion", EXAMPLES, ENCODE))
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             assert tensor.dtype == weights[name].dtype and torch.equal(tensor, weights[name])
 
 
-def test_a_last_ending_of_no_tokens():
+def test_an_ending_of_no_tokens_is_in_a_packed_row():
     example = {**EXAMPLES[1], "endings": ["a man", "runs", "home", "[title]"]}  # which the harness cleans away
 
     def encode(text):
         return ENCODE(text.strip())
-    with torch.no_grad():
-        items = hellaswag.make_items(build("OPTConfig"), [example], encode, "harness", torch.device("cpu"))
-    assert items[0].sizes[3] == 0 and len(items[0].rows) == 1
+    item, = make_items(build("OPTConfig"), "harness", [example], encode)
+    (_, endings), = item.rows
+    assert endings[3] == []
+
+
+def evaluate_as_rank(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        hellaswag.evaluate(build("BertConfig"), EXAMPLES[:1], ENCODE)
+    except fineweb.UserError as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+    dist.destroy_process_group()
+
+
+def test_a_model_is_refused_on_ranks_without_examples_too(tmp_path):
+    mp.start_processes(evaluate_as_rank, (tmp_path,), nprocs=2, start_method="fork")
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert first == second and "not a causal language model" in first
 
 
 @pytest.mark.parametrize("name", NOT_CAUSAL)
@@ -147,4 +152,4 @@ def test_a_tokenizer_with_more_ids_than_the_model(tmp_path):
             assert json.loads(run(*command)[0].splitlines()[-1])["n"] == 1
         else:
             line = run(*command, expect=2)[1].splitlines()[-1]  # after Transformers' bar
-            assert f"--model {folder}: its tokenizer has 257 ids" in line and "the model has embeddings of 100;" in line
+            assert f"--model {folder}: its tokenizer makes the id " in line and "the model has embeddings of 100;" in line
