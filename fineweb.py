@@ -396,16 +396,18 @@ def read_bin(path):
     if os.path.getsize(path) % 2 or not os.path.getsize(path):
         raise UserError(f"{path}: empty, or an odd number of bytes, so not whole; fetch it again")
     tokens = np.memmap(path, dtype="<u2", mode="r")
-    header = np.frombuffer(tokens[:6].tobytes().ljust(12), dtype="<i4").tolist()
-    if header[0] == 20240801:
+    header = np.zeros(3, dtype="<i4")
+    header.view("<u2")[:len(tokens)] = tokens[:6]
+    magic, version, num_tokens = header.tolist()
+    if magic == 20240801:
         raise UserError(f"{path}: ids of Llama 3's vocabulary in uint32; only GPT-2's uint16 are supported")
-    if header[0] != 20240520:
+    if magic != 20240520:
         return tokens
-    if header[1] != 1:
-        raise UserError(f"{path}: of version {header[1]}; only version 1, GPT-2's tokens in uint16, is supported")
+    if version != 1:
+        raise UserError(f"{path}: of version {version}; only version 1, GPT-2's tokens in uint16, is supported")
     tokens = tokens[512:]
-    if len(tokens) != header[2]:
-        raise UserError(f"{path}: holds {len(tokens):,} tokens, its header says {header[2]:,}; fetch it again")
+    if len(tokens) != num_tokens:
+        raise UserError(f"{path}: holds {len(tokens):,} tokens, its header says {num_tokens:,}; fetch it again")
     return tokens
 
 
@@ -580,8 +582,10 @@ def read_parquet(file, path, field):
     names = table.schema_arrow.names
     if field not in names + [column.path for column in table.schema]:
         find_text(dict.fromkeys(names), field, f"{path}: row 1")  # raises
+    num_bytes = sum(table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups))
+    batch_size = 64 if num_bytes < 1e5 * table.metadata.num_rows else 1  # memory is for large rows, too
     row = 0
-    for batch in table.iter_batches(64, columns=[field]):
+    for batch in table.iter_batches(batch_size, columns=[field]):
         yield from enumerate(batch.to_pylist(), row)
         row += len(batch)
 
@@ -718,6 +722,7 @@ class HubDataset:
                 return data.select_columns([name]).with_format("arrow")
         return data.with_format("arrow")
 
+    @property
     def info(self):
         """The split's sizes, if the data set tells them."""
         return (self.data.info.splits or {}).get(self.config.split)
@@ -727,11 +732,11 @@ class HubDataset:
         named = re.search(r"(\d+)BT", self.config.name or "")  # FineWeb's samples tell their size in their names
         if named:
             return int(named[1]) * 1e9
-        return self.info() and self.info().num_bytes / BYTES_PER_TOKEN
+        return self.info.num_bytes / BYTES_PER_TOKEN if self.info else None
 
     def fraction(self):
         """How much of the data set has been read, or None."""
-        return self.info() and self.info().num_examples and self.row / self.info().num_examples
+        return self.row / self.info.num_examples if self.info and self.info.num_examples else None
 
     def texts(self, first, state):
         """Yields (place, state, text) from the place `first` on, whose state is `state`."""

@@ -181,16 +181,10 @@ def test_csv_that_is_none(data, says, tmp_path):
     assert says in refused("--files", tmp_path / "a.csv", "--out", tmp_path / "shards", "--workers", 1)
 
 
-@pytest.mark.parametrize("last", ["", '"late\n'])
-def test_large_csv_rows_take_bounded_memory(last, tmp_path):
-    """120 MB in rows of 10 MB; and where a quote opens late nothing is read beyond the longest row."""
-    with open(tmp_path / "a.csv", "w") as f:
-        f.write("id,text\n")
-        for i in range(12):
-            f.write(f'{i},"{"some words " * 950_000}"\n')
-        f.write(last)
+def what_reading_takes(path):
+    """(the characters of a file's documents, or the error; MB of memory at the highest)."""
     code = """if 1:
-        import resource, sys
+        import sys
         sys.path.insert(0, sys.argv[1])
         import fineweb
         files = fineweb.LocalFiles(fineweb.Config(files=(sys.argv[2],)))
@@ -200,9 +194,33 @@ def test_large_csv_rows_take_bounded_memory(last, tmp_path):
             print(error)
         print(int(next(l for l in open("/proc/self/status") if "VmHWM" in l).split()[1]) // 1024)
     """
-    done = subprocess.run([sys.executable, "-c", code, ROOT, tmp_path / "a.csv"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, ROOT, path], capture_output=True, text=True, check=True)
     said, megabytes = done.stdout.splitlines()
-    assert int(megabytes) < 250
+    return said, int(megabytes)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_large_rows_of_other_kinds_take_bounded_memory(kind, tmp_path):
+    """300 MB in rows of 10 MB."""
+    texts = ["some words " * 950_000] * 30
+    if kind == "jsonl":
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    else:
+        parquet.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", use_dictionary=False, write_batch_size=1)
+    said, megabytes = what_reading_takes(tmp_path / f"a.{kind}")
+    assert megabytes < 350 and int(said) == sum(map(len, texts))
+
+
+@pytest.mark.parametrize("last", ["", '"late\n'])
+def test_large_csv_rows_take_bounded_memory(last, tmp_path):
+    """120 MB in rows of 10 MB; and where a quote opens late nothing is read beyond the longest row."""
+    with open(tmp_path / "a.csv", "w") as f:
+        f.write("id,text\n")
+        for i in range(12):
+            f.write(f'{i},"{"some words " * 950_000}"\n')
+        f.write(last)
+    said, megabytes = what_reading_takes(tmp_path / "a.csv")
+    assert megabytes < 250
     assert "row 13: a quote is opened and never closed" in said if last else int(said) == 12 * 11 * 950_000
 
 
