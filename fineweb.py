@@ -245,6 +245,8 @@ class FolderTokenizer:
             self.tokenizer = AutoTokenizer.from_pretrained(self.name, local_files_only=True)
         except Exception as error:  # what tokenizers raises for a damaged file
             raise UserError(f"{self.name}: no Transformers tokenizer opens ({one_line(error)})") from None
+        if not self.tokenizer.is_fast:
+            raise UserError(f"{self.name}: a tokenizer written in Python; only those of a tokenizer.json will do")
         self.eot = self.tokenizer.eos_token_id
         self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1  # len() counts no gaps
         if self.eot is None:

@@ -425,7 +425,8 @@ def test_a_tokenizer_with_gaps_in_its_ids(tmp_path):
     run("fineweb.py", "--verify", tmp_path / "shards")
 
 
-def test_a_byte_shard_and_a_tokenizer_of_too_many_ids(tmp_path):
+def test_a_byte_shard_and_tokenizers_that_are_refused(tmp_path):
+    from transformers import ByT5Tokenizer
     (tmp_path / "a.txt").write_text("To be, or not to be: ü\n" * 20)
     run("fineweb.py", "--files", tmp_path / "a.txt", "--out", tmp_path / "shards", "--workers", 1, "--tokenizer", "byte")
     assert tokens_of(tmp_path / "shards").tolist() == [256, *(tmp_path / "a.txt").read_bytes()]
@@ -433,6 +434,9 @@ def test_a_byte_shard_and_a_tokenizer_of_too_many_ids(tmp_path):
     said = refused("--files", tmp_path / "a.txt", "--out", tmp_path / "no", "--tokenizer", tmp_path / "big")
     assert "66003" in said and "65536" in said
     assert "nowhere" in refused("--files", tmp_path / "a.txt", "--out", tmp_path / "no", "--tokenizer", "nowhere")
+    ByT5Tokenizer().save_pretrained(tmp_path / "python")
+    said = refused("--files", tmp_path / "a.txt", "--out", tmp_path / "no", "--tokenizer", tmp_path / "python")
+    assert "python: a tokenizer written in Python" in said
 
 
 def test_gpt2s_vocabulary_is_not_read_from_a_cache(tmp_path, monkeypatch):
