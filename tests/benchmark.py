@@ -6,7 +6,6 @@ $ python tests/benchmark.py ladder heads --write tests/RESULTS.md   # these part
 $ python tests/benchmark.py limit                               # what this machine's matmuls, attention and copies allow
 $ python tests/benchmark.py ladder --memory_limit_gb 16         # from 2019's script to this one, step by step, as on a 16 GB card
 $ python tests/benchmark.py heads                               # ways to compute the loss of 50,304 columns
-$ python tests/benchmark.py memory                              # peak by batch size; not in `all`
 $ python tests/benchmark.py default                             # `python train_gpt2.py`, from start to exit
 $ python tests/benchmark.py killed                              # a run that is killed and resumed against one that is not
 $ python tests/benchmark.py simulated                           # a GPU's memory and kernels, on a pretended one
@@ -15,8 +14,8 @@ $ python tests/benchmark.py tokenize                            # fineweb.py, on
 $ python tests/benchmark.py architecture                        # the modern parts, at T = 1024 and 8192
 $ python tests/benchmark.py hellaswag                           # hellaswag.py
 $ python tests/benchmark.py tokens                              # how many tokens less the modern recipe needs
-$ python tests/benchmark.py recipe                              # every change of it; picture: assets/recipe.png; an hour,
-$ python tests/benchmark.py ablation                            # the parts on little data and on much; both not in `all`
+$ python tests/benchmark.py recipe                              # every change of it; an hour, and not in `all`
+$ python tests/benchmark.py ablation                            # the parts on little data and on much; not in `all`
 $ python tests/benchmark.py gpu                                 # what one GPU makes of it, in six pieces; not in `all`
 $ python tests/benchmark.py gpu --piece 2                       # one of them, each under ten minutes: 1 attention and
                                                                 # tests/test_cuda.py, 2 a step of gpt2, 3 of modern,
@@ -62,6 +61,7 @@ import train_gpt2  # noqa: E402
 from train_gpt2 import GPT, GPTConfig, RecipeFlags, autocast, make_optimizers  # noqa: E402
 
 GPT2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024)
+ROUNDS = 3  # of what is measured in turns
 
 
 def isolated(function, **arguments):
@@ -114,6 +114,23 @@ def seconds_of(function, device, repeats=5, warm=True):
     return statistics.median(times[warm:])
 
 
+def in_turns(cases):
+    """cases: {name: function without arguments that returns a dict of numbers}. Returns {name: dict of their medians} over
+    rounds, in each of which every case has its turn: a shared machine's speed drifts."""
+    found = {name: [] for name in cases}
+    for _ in range(ROUNDS):
+        for name, case in cases.items():
+            found[name].append(case())
+            print(name, found[name][-1], file=sys.stderr, flush=True)
+    return {name: medians([row for row in rows if row]) for name, rows in found.items()}
+
+
+def medians(rows):
+    """Of rows with the same keys; None for no row."""
+    if rows:
+        return {key: value and statistics.median(row[key] for row in rows) for key, value in rows[0].items()}
+
+
 def table(title, rows):
     """Prints rows (dicts with the same keys) in Markdown."""
     shown = [{k: f"{v:,.4g}" if isinstance(v, float) and abs(v) < 1000 else f"{v:,.0f}" if isinstance(v, (int, float)) else
@@ -144,7 +161,7 @@ def chip(device):
     return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"
 
 # -----------------------------------------------------------------------------
-# training speed: the limit, the ladder, the heads, memory, the loader
+# training speed: the limit, the ladder, the heads, the loader
 
 def limits(device, dtype, batch_size):
     """Seconds that the matmuls and the attention of one micro-step of GPT-2 124M take, each alone, and copy bandwidth."""
@@ -171,9 +188,13 @@ def limits(device, dtype, batch_size):
 
 
 def limit(args):
-    row = isolated(limits, device=args.device, dtype=args.dtype, batch_size=args.batch_size)
-    row = {"chip": chip(args.device), "dtype": args.dtype, **{k: v for k, v in row.items() if k != "peak_gb"}}
-    return [table(f"The machine's own limit for GPT-2 124M, B={args.batch_size}, T=1024: matmuls and SDPA alone", [row])]
+    """In both dtypes where --dtype auto has timed both."""
+    found = in_turns({dtype: partial(isolated, limits, device=args.device, dtype=dtype, batch_size=args.batch_size)
+                      for dtype in args.dtypes})
+    rows = [{"dtype": dtype, "auto takes": "this" if dtype == args.dtype else "", **row} for dtype, row in found.items()]
+    for row in rows:
+        del row["peak_gb"]
+    return [table(f"The machine's own limit for GPT-2 124M, B={args.batch_size}, T=1024: matmuls and attention alone", rows)]
 
 
 def materialised_attention(q, k, v, dropout):
@@ -272,10 +293,11 @@ def ladder(args):
              ("+ torch.compile", dict(compiled=True)), ("+ flash attention (SDPA)", dict(attention="sdpa")),
              ("+ 50,304 columns", dict(padded=True)), ("+ fused AdamW", dict(optimizer="fused")), ("+ chunked head", dict(head="chunked")),
              ("+ norms and GELUs recomputed", dict(recompute=True)),
-             *([] if cuda else [("+ freed memory used again: this script", dict(keep_memory=True))])]
-    peer = dict(dtype=native, attention="sdpa", padded=True, head="plain", optimizer="fused" if cuda else "loop", compiled=cuda, recompute=False)
+             *([] if cuda else [("+ freed memory used again", dict(keep_memory=True))])]
+    peer = dict(dtype=native if cuda else "bfloat16", attention="sdpa", padded=True, head="plain",
+                optimizer="fused" if cuda else "loop", compiled=cuda, recompute=False)
     common = dict(device=args.device, accumulation=args.accumulation, steps=args.steps, memory_limit_gb=args.memory_limit_gb,
-                  warm_steps=0 if cuda else 3)
+                  warm_steps=0 if cuda else 2)
     rows = []
 
     def measure(name, batch_size, parts):
@@ -291,19 +313,28 @@ def ladder(args):
         batch //= 2
     for name, change in rungs[1:]:
         state |= change
-        measure(name, batch, state)
-    if cuda:
-        larger = batch
-        while larger < 64 and measure(f"+ batch {2 * larger}", 2 * larger, state):
-            larger *= 2
-    measure("build-nanogpt's script (its parts, in this harness)", batch, peer)
-    bound = isolated(limits, device=args.device, dtype=native, batch_size=batch)["tokens_per_second"]
-    rows.append(dict.fromkeys(rows[0]) | {"step": f"bound: matmuls and SDPA alone, {native}", "batch": batch,
-                                          "tokens_per_second": bound, "times the first": bound / rows[0]["tokens_per_second"]})
-    ours, theirs = rows[-3], rows[-2]
-    print(f"{ours['tokens_per_second'] / bound:.0%} of the bound, {ours['tokens_per_second'] / theirs['tokens_per_second']:.2f} times "
-          f"build-nanogpt's, in {ours['peak_gb'] / theirs['peak_gb']:.2f} of its memory", file=sys.stderr)
-    return [table(f"GPT-2 124M, T=1024, {args.accumulation} micro-steps, {chip(args.device)}", rows)]
+        if name != rungs[-1][0]:
+            measure(name, batch, state)
+    larger = batch
+    while cuda and larger < 64 and measure(f"+ batch {2 * larger}", 2 * larger, state):
+        larger *= 2
+    cases = {f"{rungs[-1][0]}: this script": partial(isolated, training_speed, batch_size=batch, **common, **state),
+             f"build-nanogpt's script as shipped, {peer['dtype']}: its parts in this harness": partial(
+                 isolated, training_speed, batch_size=batch, **common, **peer)}
+    cases |= {f"bound, {dtype}: matmuls and attention alone": partial(isolated, limits, device=args.device, dtype=dtype, batch_size=batch)
+              for dtype in args.dtypes}
+    found = in_turns(cases)
+    ours, theirs, *bounds = found.values()
+    bound = max(row["tokens_per_second"] for row in bounds)
+    for name, row in found.items():
+        told = dict.fromkeys(ours) if row in bounds else row
+        rows.append({"step": name, "batch": batch, **told, "tokens_per_second": row["tokens_per_second"],
+                     "times the first": row["tokens_per_second"] / rows[0]["tokens_per_second"]})
+    compared = {"dtype": native, "share of the bound": f"{ours['tokens_per_second'] / bound:.0%}",
+                "times build-nanogpt's speed": ours["tokens_per_second"] / theirs["tokens_per_second"],
+                "share of its memory": ours["peak_gb"] / theirs["peak_gb"]}
+    return [table(f"GPT-2 124M, T=1024, {args.accumulation} micro-step(s) a step; from this script on medians of {ROUNDS} rounds in turns",
+                  rows), table("This script", [compared])]
 
 
 def head_speed(device, dtype, batch_size, head, compiled):
@@ -334,22 +365,18 @@ def head_speed(device, dtype, batch_size, head, compiled):
 
 
 def heads(args):
+    names = ("plain", "checkpointed chunks", "gradient in the forward pass", "F.linear_cross_entropy")
+    common = dict(device=args.device, dtype=args.dtype, batch_size=args.batch_size)
+    found = in_turns({(head, compiled): partial(attempted, head_speed, head=head, compiled=compiled, **common)
+                      for head in names for compiled in (False, True)})
     rows = []
-    for head in ("plain", "checkpointed chunks", "gradient in the forward pass", "F.linear_cross_entropy"):
-        for compiled in (False, True):
-            row = attempted(head_speed, device=args.device, dtype=args.dtype, batch_size=args.batch_size, head=head, compiled=compiled)
-            rows.append({"head": head, "compiled": "yes" if compiled else "no", **(row or {"ms": None, "peak_gb": None})})
-    return [table(f"The head's forward and backward pass, {args.batch_size * 1024:,} tokens, 50,304 columns, {args.dtype}, {chip(args.device)}", rows)]
-
-
-def memory(args):
-    rows, size = [], 1
-    while size <= args.batch_size:
-        both = [isolated(training_speed, device=args.device, batch_size=size, steps=1, dtype=args.dtype, memory_limit_gb=args.memory_limit_gb,
-                         **parts) for parts in (dict(head="plain", optimizer="loop"), dict(compiled=True))]
-        rows.append({"batch": size, "eager, all logits: GB": both[0] and both[0]["peak_gb"], "compiled, chunked: GB": both[1] and both[1]["peak_gb"]})
-        size *= 2
-    return [table(f"Peak memory of a step, GPT-2 124M, T=1024, {args.dtype}, {chip(args.device)}", rows)]
+    for head in names:
+        row = {"head": head + " (this script)" * (head == names[2])}
+        for compiled, how in ((False, "eager"), (True, "compiled")):
+            seen = found[head, compiled] or {}
+            row |= {f"{how}, ms": seen.get("ms"), f"{how}, GB": seen.get("peak_gb")}
+        rows.append(row)
+    return [table(f"The head's forward and backward pass, {args.batch_size * 1024:,} tokens, 50,304 columns, {args.dtype}", rows)]
 
 
 def loader_run(device):
@@ -380,39 +407,56 @@ def loader(args):
 # -----------------------------------------------------------------------------
 # whole runs, as users start them
 
+QUIETLY = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def script(*args):
     return [sys.executable, str(ROOT / "train_gpt2.py"), *map(str, args)]
 
 
+NANOGPT = """--preset tiny --n_layer 4 --n_head 4 --n_embd 128 --block_size 64 --no_rope --no_rmsnorm --no_swiglu --no_qk_norm
+--total_batch_size 768 --optimizer adamw --lr 1e-3 --min_lr 1e-4 --beta2 0.99 --weight_decay 0.1 --schedule cosine --warmup_steps 100
+--max_steps 2000 --eval_every 250 --eval_tokens 15360 --checkpoint_every 250 --sample_every 0 --dtype float32""".split()
+
+
+def timed_run(name, flags, folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    started = time.perf_counter()
+    subprocess.run(script("--data", ROOT / "input.txt", "--out_dir", folder, *flags), check=True, **QUIETLY)
+    seconds = time.perf_counter() - started
+    lines = train_gpt2.read_log(Path(folder, "log.jsonl"))
+    losses = [line["loss"] for line in lines if line["kind"] == "val"]
+    return {"run": name, "start to exit, s": seconds, "of it in steps, s": lines[-1]["training_seconds"], "steps": lines[-1]["step"],
+            "peak memory, GB": lines[-1]["peak_memory_gb"], "validation loss, nats a byte": f"{losses[-1]:.4f}",
+            "bits per byte": lines[-1]["val_bpb"], "losses before": ", ".join(f"{loss:.4f}" for loss in losses[-3:-1])}
+
+
 def default_run(args):
-    rows = []
+    """Beside it nanoGPT's quickstart for a CPU: its flags in this script, which validates on the same text."""
     with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        subprocess.run(script("--out_dir", folder, "--quiet"), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        seconds = time.perf_counter() - started
-        lines = train_gpt2.read_log(Path(folder, "log.jsonl"))
-        subprocess.run(script("plot", "--out_dir", folder, "--output", ROOT / "assets/loss.png"), check=True, stdout=subprocess.DEVNULL)
-    rows = [{"seconds, start to exit": seconds, "of them in steps": lines[-1]["training_seconds"], "steps": lines[-1]["step"],
-             "validation losses, nats a byte": ", ".join(f"{line['loss']:.4f}" for line in lines if line["kind"] == "val"),
-             "bits per byte": lines[-1]["val_bpb"]}]
-    return [table(f"`python train_gpt2.py`, {chip('cpu')}", rows)]
+        here = Path(folder, "log")
+        rows = [timed_run("nanoGPT's quickstart for a CPU: its model and recipe in this script", NANOGPT, here),
+                timed_run("`python train_gpt2.py`", [], here)]
+        if args.pictures:
+            plot = script("plot", "--out_dir", "log", "--output", ROOT / "assets/loss.png")
+            subprocess.run(plot, check=True, cwd=folder, **QUIETLY)  # a folder's name is its label
+    return [table("The default run, from start to exit", rows[::-1])]
 
 
 def killed(args):
     """SIGKILL after about half of the steps, then --resume, against a run that nobody kills."""
     flags = ["--preset", "tiny", "--data", ROOT / "input.txt", "--max_steps", 60, "--eval_every", 20, "--checkpoint_every", 10,
              "--sample_every", 0, "--dropout", 0.1, "--quiet", "--dtype", args.dtype]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with tempfile.TemporaryDirectory() as folder:
         whole, other = Path(folder, "whole"), Path(folder, "killed")
-        subprocess.run(script(*flags, "--out_dir", whole), check=True, **quiet)
-        process, log = subprocess.Popen(script(*flags, "--out_dir", other), **quiet), other / "log.jsonl"
+        subprocess.run(script(*flags, "--out_dir", whole), check=True, **QUIETLY)
+        process, log = subprocess.Popen(script(*flags, "--out_dir", other), **QUIETLY), other / "log.jsonl"
         while not log.exists() or len(train_gpt2.read_log(log)) < 38:
             time.sleep(0.01)
         process.kill()
         process.wait()
         at = max(line.get("step", 0) for line in train_gpt2.read_log(log))
-        subprocess.run(script("--resume", "--out_dir", other), check=True, **quiet)
+        subprocess.run(script("--resume", "--out_dir", other), check=True, **QUIETLY)
         kinds = ("train", "val")
         losses = [[(line["step"], line["loss"]) for line in train_gpt2.read_log(path / "log.jsonl") if line["kind"] in kinds]
                   for path in (whole, other)]
@@ -423,14 +467,19 @@ def killed(args):
 
 def simulated(args):
     """What no CPU can show, on a GPU that is pretended: no speed, no numbers, but shapes, memory and kernels."""
-    command = [sys.executable, str(ROOT / "tests/pretended_cuda.py"), "memory", "parts", "head", "muon"]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found = pretended("memory", "head", "muon")
     rows = [{"step": f"{name}, B=16, T=1024", "peak, GiB": step["peak_gib"]} for name, step in found["memory"].items()]
-    rows += [{"step": f"gpt2 {name}, B=2, T=8192", "peak, GiB": step["peak_gib"]} for name, step in found["parts"].items()]
     kernels = [{"what": "head, compiled: GB moved for 65,536 tokens", "figure": found["head"]["triton_gb"]},
                {"what": "head: GiB that a chunk holds", "figure": found["head"]["chunk_gib"]},
                {"what": "Muon: kernel launches a step, 60 matrices", "figure": found["muon"]["launches"]}]
-    return [table("Memory of a training step on the simulated GPU, bfloat16, not compiled", rows), table("Kernels on the simulated GPU", kernels)]
+    return [table("Memory of a training step on the simulated GPU, bfloat16, not compiled", rows),
+            table("Kernels on the simulated GPU", kernels)]
+
+
+def pretended(*figures):
+    """{name: figures} of tests/pretended_cuda.py."""
+    command = [sys.executable, str(ROOT / "tests/pretended_cuda.py"), *figures]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 # -----------------------------------------------------------------------------
 # the modern parts
@@ -452,23 +501,30 @@ def architecture_run(device, dtype, flags, T, tokens, compiled):
     with torch.no_grad():
         model.hidden_states(torch.zeros(1, T, dtype=torch.long), cache=cache)
     kept = sum(tensor.numel() * tensor.element_size() for layer in cache for tensor in (layer.k, layer.v))
-    return {"KV cache, MB": kept / 2**20, "speeds": [line["tokens_per_second"] for line in lines if line["kind"] == "train"][1:]}
+    return {"KV cache, kB": kept / 1024, "speeds": [line["tokens_per_second"] for line in lines if line["kind"] == "train"][1:]}
 
 
 def architecture(args):
     """Speed: the median over the steps of two rounds of all models. Perplexity: see below."""
-    tables = []
+    tables, on_gpu = [], []
+    try:
+        on_gpu = [step["peak_gib"] for step in pretended("parts")["parts"].values()]
+    except (OSError, subprocess.CalledProcessError) as error:  # no compiler, or a PyTorch with CUDA
+        print(fineweb.one_line(error), file=sys.stderr)
     for T in (1024, 8192):
         rounds = [{name: isolated(architecture_run, device=args.device, dtype=args.dtype, flags=flags, T=T, tokens=args.tokens,
                                   compiled=args.device.startswith("cuda")) for name, flags in ARCHITECTURES.items()} for _ in range(2)]
         rows = []
-        for name in ARCHITECTURES:
+        for i, name in enumerate(ARCHITECTURES):
             speed = statistics.median(speed for runs in rounds for speed in runs[name]["speeds"])
             first = rows[0]["tokens_per_second"] if rows else speed
+            cache = rounds[0][name]["KV cache, kB"]
             rows.append({"model": name, "tokens_per_second": speed, "speed": f"{speed / first:.2f}x",
                          "training memory, GB": max(runs[name]["peak_gb"] for runs in rounds),
-                         "KV cache, MB": rounds[0][name]["KV cache, MB"]})
-        tables.append(table(f"4 layers x 256, 8 heads, T={T}, 8,192 byte tokens a step, {args.dtype}, {chip(args.device)}", rows))
+                         "KV cache in float32, kB": cache, "the same a token of context, kB": cache / T})
+            if T == 8192 and on_gpu:
+                rows[-1]["training memory of GPT-2 124M with these parts, B=2, simulated GPU, GiB"] = on_gpu[i]
+        tables.append(table(f"4 layers x 256, 8 heads, T={T}, 8,192 byte tokens a step, {args.dtype}", rows))
     return tables + [perplexities(args)]
 
 
@@ -478,12 +534,11 @@ def perplexities(args):
              for name, flags in ARCHITECTURES.items()}
     parts = {name.replace("2 of 8", "1 of 4").replace("512", "32"): flags for name, flags in parts.items()}
     parts |= {"+ RMSNorm, SwiGLU, QK-norm, no biases, all heads and tokens": MODERN}
-    with tempfile.TemporaryDirectory() as folder, pool_of_runs() as pool:
-        runs = {name: [pool.submit(recipe_run, flags, 3e-3, seed, args.steps, os.path.join(folder, f"{len(name)} {seed}"))
-                       for seed in range(1, args.seeds + 1)] for name, flags in parts.items()}
-        losses = {name: list(map(final_loss, found)) for name, found in runs.items()}
-    rows = [{"model": name, "validation loss": spread(values), "perplexity": math.exp(statistics.mean(values))}
-            for name, values in losses.items()]
+    curves = curves_of({name: (flags, 3e-3, args.steps) for name, flags in parts.items()}, args.seeds)
+    rows = []
+    for name, runs in curves.items():
+        losses = [run[-1][1] for run in runs]
+        rows.append({"model": name, "validation loss": spread(losses), "perplexity": math.exp(statistics.mean(losses))})
     return table(f"4 layers x 128, T=128, after {args.steps * 4096:,} byte tokens of input.txt, {args.seeds} seeds "
                  "(mean ± half the range)", rows)
 
@@ -617,8 +672,9 @@ def timed(command):
 
 
 def tokenize_rows(megabytes, repeats=2, copies=1):
-    """For so many megabytes of text, `copies` times. One row for each method, the best of `repeats` alternating runs: method, tokens_per_s, MB_per_s, seconds,
-    peak_rss_mb (all processes together), ratio (to the peer's speed). Raises if the tokens differ."""
+    """For so many megabytes of text, `copies` times. One row for each method, the best of `repeats` alternating runs:
+    method, tokens_per_s, MB_per_s, seconds, peak_rss_mb (all processes together), ratio (to the peer's speed). Raises if
+    the tokens differ."""
     import numpy as np
     folder = tempfile.mkdtemp(dir=os.environ.get("BENCH_DIR"))
     try:
@@ -714,7 +770,7 @@ def matmul_rate():
     return max(rates)
 
 
-def hellaswag_rows(n=120, compare=12, dtypes=("float32",), rounds=2):
+def hellaswag_rows(n=120, compare=40, dtypes=("float32",), rounds=2):
     """-> rows {method, dtype, examples_per_s, ratio}. Ours scores n examples, the one-at-a-time method the first
     `compare` of them, in turns: the speed of a machine that others share drifts. ratio is to the one-at-a-time method.
     The last row is the floor: the operations that ours cannot do without, at the measured matmul rate."""
@@ -732,7 +788,9 @@ def hellaswag_rows(n=120, compare=12, dtypes=("float32",), rounds=2):
             ours[dtype] = opened.to(getattr(torch, dtype))
             hellaswag.evaluate(ours[dtype], examples[:4], encode)
     one_at_a_time(model, examples[:2], tokenizer.encode)
-    alone = one_at_a_time(model, examples[:compare], tokenizer.encode)[0]
+    alone, answers = one_at_a_time(model, examples[:compare], tokenizer.encode)
+    answered = [example | {"label": answer} for example, answer in zip(examples, answers)]
+    agreement = {dtype: hellaswag.evaluate(opened, answered, encode)["acc_norm"] for dtype, opened in ours.items()}
     for _ in range(rounds):
         rates.append(matmul_rate())
         for dtype in dtypes:
@@ -748,15 +806,18 @@ def hellaswag_rows(n=120, compare=12, dtypes=("float32",), rounds=2):
         read += len(tokenizer.encode(example["ctx"])) + sum(lengths) - 4  # an ending's last token is never read
         scored += sum(lengths)
     floor = n * max(rates) / (2 * BLOCKS * read + 2 * HEAD * scored)
-    return [{"method": "one at a time, padded", "dtype": "float32", "examples_per_s": base, "ratio": 1.0},
-            *({"method": "ours", "dtype": dtype, "examples_per_s": speed, "ratio": speed / base}
-              for dtype, speed in speeds.items()),
-            {"method": "floor of ours", "dtype": "float32", "examples_per_s": floor, "ratio": floor / base}]
+    rows = [{"method": "one at a time, padded", "dtype": "float32", "examples_per_s": base, "ratio": 1.0, "same answers": None}]
+    for dtype, speed in speeds.items():
+        rows.append({"method": "hellaswag.py", "dtype": dtype, "examples_per_s": speed, "ratio": speed / base,
+                     "same answers": f"{agreement[dtype]:.1%} of {compare}"})
+    return rows + [{"method": "operations that it cannot do without, at this chip's best matmul rate", "dtype": "float32",
+                    "examples_per_s": floor, "ratio": floor / base, "same answers": None}]
 
 
 def score(args):
     dtypes = dict.fromkeys(["float32", str(hellaswag.pick_dtype("auto", "cpu", (256, 768, 3072))[0])[6:]])
-    return [table(f"HellaSwag, GPT-2 124M, {chip('cpu')}", hellaswag_rows(args.examples, dtypes=tuple(dtypes)))]
+    return [table("HellaSwag, GPT-2 124M's shape untrained, whose near ties bfloat16 may decide otherwise",
+                  hellaswag_rows(args.examples, dtypes=tuple(dtypes)))]
 
 # -----------------------------------------------------------------------------
 # the recipe
@@ -792,7 +853,7 @@ def small_run(flags, folder, **given):
                         data=ROOT / "input.txt", out_dir=folder) | flags)
 
 
-def recipe_run(flags, lr, seed, steps, folder):
+def recipe_run(flags, lr, steps, seed, folder):
     """Returns (million tokens, validation loss) at each fifth of the run."""
     lines = small_run(flags, folder, lr=lr, seed=seed, max_steps=steps, eval_every=max(1, steps // 5), eval_tokens=111520)
     return [(line["step"] * 4096 / 1e6, line["loss"]) for line in lines if line["kind"] == "val"]
@@ -806,6 +867,14 @@ def pool_of_runs():
     return concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
 
 
+def curves_of(cases, seeds):
+    """cases: {name: (flags, learning rate, steps)}. Returns what `recipe_run` does, {name: [of each seed]}."""
+    with tempfile.TemporaryDirectory() as folder, pool_of_runs() as pool:
+        runs = {name: [pool.submit(recipe_run, *case, seed, os.path.join(folder, f"{i} {seed}")) for seed in range(1, seeds + 1)]
+                for i, (name, case) in enumerate(cases.items())}
+        return {name: [run.result() for run in found] for name, found in runs.items()}
+
+
 def recipe(args):
     """Every change alone and all together, each at its best of three learning rates, over the seeds; then how few of the
     gpt2 recipe's tokens the modern one needs for the same loss, and what changes to it bring."""
@@ -815,7 +884,7 @@ def recipe(args):
         def start(flags, lr, seed, steps):
             nonlocal count
             count += 1
-            return pool.submit(recipe_run, flags, lr, seed, steps, os.path.join(folder, str(count)))
+            return pool.submit(recipe_run, flags, lr, steps, seed, os.path.join(folder, str(count)))
 
         seeds = list(range(1, args.seeds + 1))
         first = {name: {lr: start(flags, lr, seeds[0], args.steps) for lr in rates} for name, (flags, rates) in RECIPES.items()}
@@ -833,23 +902,24 @@ def recipe(args):
              "against gpt2 at 100%": f"{statistics.mean(values) - goal:+.4f}"} for share, values in shares.items()]
     change = [{"change": name, "loss": spread(values), "against modern": f"{statistics.mean(values) - statistics.mean(losses['modern']):+.4f}"}
               for name, values in changes.items()]
-    draw_recipe({f"{name}, lr {best[name]:g}": runs[name][0].result() for name in RECIPES},
-                {f"modern, in {share:.0%} of the tokens": parts[share][0].result() for share in parts})
+    if args.pictures:
+        draw_recipe({f"{name}, lr {best[name]:g}": runs[name][0].result() for name in RECIPES},
+                    {f"modern, in {share:.0%} of the tokens": parts[share][0].result() for share in parts})
     return [table(f"Loss after {args.steps * 4096:,} tokens of input.txt, 4 x 128, {args.seeds} seeds (mean ± half the range)", rows),
             table("modern, on fewer tokens", part), table(f"modern with one change, lr {rate:g}", change)]
 
 
 def tokens(args):
     """Both recipes at the learning rates that `recipe` found best, and the modern one on 60% of the tokens."""
-    cases = {"gpt2": ({}, 3e-3, 1.0), "modern": (MODERN | BEST, 6e-3, 1.0), "modern, 60% of the tokens": (MODERN | BEST, 6e-3, 0.6)}
-    with tempfile.TemporaryDirectory() as folder, pool_of_runs() as pool:
-        runs = {name: [pool.submit(recipe_run, flags, lr, seed, round(share * args.steps), os.path.join(folder, f"{name} {seed}"))
-                       for seed in range(1, args.seeds + 1)] for name, (flags, lr, share) in cases.items()}
-        losses = {name: list(map(final_loss, found)) for name, found in runs.items()}
-        draw_recipe({name: runs[name][0].result() for name in ("gpt2", "modern")},
-                    {name: runs[name][0].result() for name in cases if "60%" in name})
-    rows = [{"recipe": name, "tokens": round(share * args.steps) * 4096, "validation loss": spread(losses[name])}
-            for name, (_, _, share) in cases.items()]
+    shorter = round(0.6 * args.steps)
+    cases = {"gpt2": ({}, 3e-3, args.steps), "modern": (MODERN | BEST, 6e-3, args.steps),
+             "modern, 60% of the tokens": (MODERN | BEST, 6e-3, shorter)}
+    curves = curves_of(cases, args.seeds)
+    *whole, (name, runs) = curves.items()
+    if args.pictures:
+        draw_recipe({name: runs[0] for name, runs in whole}, {name: runs[0]})
+    rows = [{"recipe": name, "tokens": steps * 4096, "validation loss": spread([run[-1][1] for run in curves[name]])}
+            for name, (_, _, steps) in cases.items()]
     return [table(f"4 layers x 128 on input.txt, {args.seeds} seeds (mean ± half the range)", rows)]
 
 
@@ -1176,9 +1246,9 @@ def gpu(args):
 # command line
 
 COMMANDS = {"default": default_run, "killed": killed, "simulated": simulated, "limit": limit, "ladder": ladder, "heads": heads,
-            "memory": memory, "loader": loader, "tokenize": tokenize, "architecture": architecture, "hellaswag": score,
+            "loader": loader, "tokenize": tokenize, "architecture": architecture, "hellaswag": score,
             "tokens": tokens, "recipe": recipe, "ablation": ablation, "gpu": gpu}
-NOT_IN_ALL = ("memory", "recipe", "ablation", "gpu")  # long, or for another machine
+NOT_IN_ALL = ("recipe", "ablation", "gpu")  # long, or for another machine
 HEADER = """# Results
 
 Written by `python tests/benchmark.py all --write tests/RESULTS.md`: each part on the machine, and by the command, that stand
@@ -1193,10 +1263,10 @@ def machine(device):
     return f"{chip(device)} ({', '.join(sets) or 'instruction set unknown'}), PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
 
 
-def write_part(path, name, command, device, seconds, text):
+def write_part(path, name, command, device, dtype, seconds, text):
     """Puts a part into the file in place of the one of its name."""
     parts = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", path.read_text() if path.exists() else "", re.M | re.S))
-    parts[name] = f"\n`{command}`, {seconds:.0f} s, {machine(device)}\n{text}\n\n"
+    parts[name] = f"\n`{command}` ({dtype}), {seconds:.0f} s, {machine(device)}\n{text}\n\n"
     order = sorted(parts, key=list(COMMANDS).index)
     path.write_text(HEADER + "".join(f"\n## {name}\n{parts[name].rstrip()}\n" for name in order))
 
@@ -1209,7 +1279,7 @@ def main():
     parser.add_argument("--memory_limit_gb", type=float, default=0, help="pretend that the GPU has no more")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=1, help="micro-steps a step (ladder)")
-    parser.add_argument("--steps", type=int, help="timed steps of each row (ladder: 3, on CUDA 10); optimizer steps (recipe, ablation: 250)")
+    parser.add_argument("--steps", type=int, help="timed steps of each row (ladder: 2, on CUDA 10); optimizer steps (recipe, ablation: 250)")
     parser.add_argument("--tokens", type=int, default=65536, help="trained on by each row, twice (architecture)")
     parser.add_argument("--megabytes", type=int, default=80, help="of text (tokenize)")
     parser.add_argument("--copies", type=int, default=7, help="of that text in the long run (tokenize)")
@@ -1222,15 +1292,18 @@ def main():
     parser.add_argument("--write", type=Path, help="put the tables into this Markdown file")
     parser.add_argument("--json", help="write the tables to this file too")
     args = parser.parse_args()
-    auto, _ = hellaswag.pick_dtype("auto", args.device.split(":")[0], (256, 768, 3072), torch.float16)
+    args.pictures = bool(args.write) and args.write.resolve() == ROOT / "tests/RESULTS.md"  # a trial leaves them alone
+    auto, reason = hellaswag.pick_dtype("auto", args.device.split(":")[0], (256, 768, 3072), torch.float16)
+    args.dtypes = ["float32", "bfloat16"] if reason and not args.dtype else [args.dtype or str(auto)[6:]]
     args.dtype = args.dtype or str(auto)[6:]
+    print(f"{machine(args.device)}, {args.dtype}", file=sys.stderr)
     tables = []
     given = " ".join(word for word in sys.argv[1:] if word not in COMMANDS and word != "all")
     flags = re.sub(r"--(write|json)[= ]\S+ ?", "", given).strip()
     for name in COMMANDS if "all" in args.commands else args.commands:
         if name in NOT_IN_ALL and name not in args.commands:
             continue
-        steps = {"ladder": 10 if args.device.startswith("cuda") else 3, "gpu": 12}.get(name, 250)
+        steps = {"ladder": 10 if args.device.startswith("cuda") else 2, "gpu": 12}.get(name, 250)
         started = time.time()
         try:
             found = COMMANDS[name](argparse.Namespace(**{**vars(args), "steps": args.steps or steps}))
@@ -1243,7 +1316,7 @@ def main():
         if args.write:
             text = "\n".join(part["markdown"] for part in found)
             command = f"python tests/benchmark.py {name} {flags}".strip()
-            write_part(args.write, name, command, args.device, time.time() - started, text)
+            write_part(args.write, name, command, args.device, args.dtype, time.time() - started, text)
     if args.json:
         Path(args.json).write_text(json.dumps(tables, indent=1))
 

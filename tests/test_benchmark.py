@@ -66,6 +66,21 @@ def test_without_a_gpu_it_is_one_line():
     assert not done.stdout
 
 
+def test_what_is_measured_in_turns_gives_medians_and_says_what_failed(monkeypatch):
+    speeds, turns = iter([1.0, 9.0, 2.0]), []
+
+    def quick():
+        turns.append("quick")
+        return {"speed": next(speeds), "mfu": None}
+
+    def broken():
+        turns.append("broken")
+
+    monkeypatch.setattr(benchmark, "ROUNDS", 3)
+    assert benchmark.in_turns({"quick": quick, "broken": broken}) == {"quick": {"speed": 2.0, "mfu": None}, "broken": None}
+    assert turns == ["quick", "broken"] * 3
+
+
 def test_all_writes_each_part_with_its_command_and_keeps_the_others(tmp_path, monkeypatch):
     def part(args):
         return [benchmark.table(f"steps {args.steps}", [{"name": "x", "value": 1.5}])]
@@ -84,8 +99,8 @@ def test_all_writes_each_part_with_its_command_and_keeps_the_others(tmp_path, mo
         assert f"`python tests/benchmark.py {name} --steps 3`" in text
     assert text.count("| x | 1.5 |") == len(names) and text.count(torch.__version__) == len(names)
     monkeypatch.setitem(commands, "limit", broken)
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "limit", "memory", "--write", str(path)])
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "limit", "recipe", "--write", str(path)])
     benchmark.main()
     again = path.read_text()
-    assert again.count("no such machine") == 1 and "`python tests/benchmark.py memory`" in again
-    assert again.count("| x | 1.5 |") == len(names) and again.index("## limit") < again.index("## memory") < again.index("## loader")
+    assert again.count("no such machine") == 1 and "`python tests/benchmark.py recipe` (" in again
+    assert again.count("| x | 1.5 |") == len(names) and again.index("## limit") < again.index("## tokens") < again.index("## recipe")
