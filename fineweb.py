@@ -23,11 +23,13 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 
@@ -775,9 +777,10 @@ CHARS_PER_TASK = 1 << 17
 worker_tokenizer = None  # in a worker process
 
 
-def start_worker(tokenizer):
+def start_worker(path):
     global worker_tokenizer
-    worker_tokenizer = tokenizer  # sent by the parent: a tenth of the time that making it takes
+    with open(path, "rb") as f:
+        worker_tokenizer = pickle.load(f)  # a tenth of the time that making it takes
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
 
     def leave_with_the_parent():  # which may be killed without a chance to tell
@@ -823,7 +826,10 @@ def tokenize_in_order(source, tokenizer, end, workers, context):
     texts) in the source's order. Begins with the text in which a shard ended: `end` is its entry in the manifest."""
     context = multiprocessing.get_context(context)
     waiting = collections.deque()
-    with concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (tokenizer,)) as pool:
+    with (tempfile.NamedTemporaryFile() as file,
+          concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (file.name,)) as pool):
+        pickle.dump(tokenizer, file)  # more than a pipe holds: a worker killed before it reads one is never noticed
+        file.flush()
         for places, texts in group_texts(source.texts(Place(*end["place"]), end["state"])):
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in a worker that starts, until it ignores it
             try:

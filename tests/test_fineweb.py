@@ -805,6 +805,17 @@ def test_a_worker_that_dies(corpus, tmp_path):
     assert "error: a worker process died" in error and "Traceback" not in error
 
 
+def test_a_worker_that_dies_while_it_starts(corpus, tmp_path):
+    """Killed, as by the kernel for lack of memory, before it has read what it is sent."""
+    args, whole, _ = corpus
+    process = start(*args, "--out", tmp_path / "out", "--workers", 1)
+    wait_for(lambda: any(map(is_worker, children(process.pid))), process)
+    for pid in filter(is_worker, children(process.pid)):
+        os.kill(pid, signal.SIGKILL)
+    error = process.finish(expect=2, timeout=20)[1]
+    assert "error: a worker process died" in error and "Traceback" not in error
+
+
 def test_other_settings_are_refused(tmp_path):
     texts = make_documents(20)
     a, out = write_parquet(tmp_path / "a.parquet", texts), tmp_path / "out"
