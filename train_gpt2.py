@@ -708,9 +708,9 @@ def open_data(path, tokenizer, config):
     name = path.name.split(".")[0]
     maker = shlex.join(["python", "fineweb.py", "--files", str(path), "--out", f"{name}_tokens"])
     if path.is_dir():
-        own = fineweb.open_shard_tokenizer(path)
-        if own.name != tokenizer.name and not fineweb.same_tokenizer(own, tokenizer):
-            raise UserError(f"{path} holds {own.name} tokens, but the model has its own tokenizer, {tokenizer.name}")
+        own = (fineweb.read_manifest(path) or {}).get("tokenizer", "gpt2")
+        if own != tokenizer.name and not fineweb.same_tokenizer(fineweb.open_shard_tokenizer(path), tokenizer):
+            raise UserError(f"{path} holds {own} tokens, but the model has its own tokenizer, {tokenizer.name}")
         splits = {split: fineweb.list_shards(path, split) for split in ("train", "val")}
         for split, shards in splits.items():
             if not shards:

@@ -1296,7 +1296,8 @@ def main():
     auto, reason = hellaswag.pick_dtype("auto", args.device.split(":")[0], (256, 768, 3072), torch.float16)
     args.dtypes = ["float32", "bfloat16"] if reason and not args.dtype else [args.dtype or str(auto)[6:]]
     args.dtype = args.dtype or str(auto)[6:]
-    print(f"{machine(args.device)}, {args.dtype}", file=sys.stderr)
+    if args.commands != ["gpu"]:
+        print(f"{machine(args.device)}, {args.dtype}", file=sys.stderr)
     tables = []
     given = " ".join(word for word in sys.argv[1:] if word not in COMMANDS and word != "all")
     flags = re.sub(r"--(write|json)[= ]\S+ ?", "", given).strip()
