@@ -311,9 +311,14 @@ def same_tokenizer(one, other):
     return np.array_equal(one.token_bytes(), other.token_bytes()) and one.encode(probe) == other.encode(probe)
 
 
+def shard_tokenizer(folder):
+    """The name of the tokenizer of a folder of shards; without a manifest they are other people's, of GPT-2's."""
+    return (read_manifest(folder) or {}).get("tokenizer", "gpt2")
+
+
 def open_shard_tokenizer(folder):
-    """The tokenizer of a folder of shards: as its manifest says; without one GPT-2's. Raises UserError."""
-    name = (read_manifest(folder) or {}).get("tokenizer", "gpt2")
+    """That tokenizer. Raises UserError."""
+    name = shard_tokenizer(folder)
     copy = os.path.join(folder, "tokenizer")
     tokenizer = get_tokenizer(copy if os.path.isdir(copy) else name)
     tokenizer.name = name
@@ -481,10 +486,10 @@ def unpacked_name(path):
     return re.sub(r"\.(gz|zst)$", "", str(path), flags=re.IGNORECASE)
 
 
-def not_utf8(path, encoding, where=""):
+def not_utf8(path, encoding, place=""):
     plain = unpacked_name(path)
     unpack = "" if plain == str(path) else "unpack and "
-    return UserError(f"{path}: not UTF-8{where}; {unpack}convert it: iconv -f {encoding} -t utf-8 {shlex.quote(plain)} "
+    return UserError(f"{path}: {place}not UTF-8; {unpack}convert it: iconv -f {encoding} -t utf-8 {shlex.quote(plain)} "
                      "> utf8.txt")
 
 
@@ -503,7 +508,7 @@ def decode_utf8(data, path):
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise not_utf8(path, "latin1", f" at byte {error.start}") from None
+        raise not_utf8(path, "latin1", f"byte {error.start} is ") from None
 
 
 def find_text(record, field, where):
@@ -571,6 +576,9 @@ def read_csv(file, path, field):
     row = -1
     try:
         header = next(rows, [])
+        if not header:
+            raise ValueError("Empty CSV, without a header")
+        find_text(dict.fromkeys(header, ""), field, f"{path}: row 1")  # raises, were there no row after it
         for row, fields in enumerate(filter(None, rows)):  # an empty line is no row
             if len(fields) != len(header):
                 raise UserError(f"{path}: row {row + 1}: has {len(fields)} fields, the header {len(header)}")
@@ -924,7 +932,13 @@ class ShardWriter:
 def own_manifest(folder):
     """The folder's manifest, None without one. Raises UserError where another program wrote it."""
     manifest = read_manifest(folder)
-    if manifest is not None and not {"settings", "vocab_size", "shards", "complete"} <= manifest.keys():
+    if manifest is None:
+        return None
+    shards = manifest.get("shards")
+    is_ours = isinstance(shards, list) and {"settings", "vocab_size", "tokens", "complete"} <= manifest.keys()
+    for shard in shards if is_ours else []:
+        is_ours &= isinstance(shard, dict) and {"name", "tokens", "sha256", "end"} <= shard.keys()
+    if not is_ours or not isinstance(manifest["settings"], dict):
         raise UserError(f"{folder}/manifest.json: not one of fineweb.py's; move it away, or choose another folder")
     return manifest
 

@@ -17,6 +17,7 @@ import copy
 import json
 import logging
 import os
+import random
 import re
 import time
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def download():
 def load_examples(path=None, limit=0):
     """The first `limit` examples (0: all) of a .jsonl file with its authors' fields; without one, of the validation
     split (10,042 examples). Raises UserError that names the file and the line."""
-    examples = list(islice(read_examples(path) if path else download(), max(limit, 0) or None))
+    examples = list(islice(read_examples(path) if path else download(), limit or None))
     if not examples:
         raise UserError(f"{path}: no examples in it")
     return examples
@@ -182,7 +183,8 @@ def model_limits(model):
     if is_ours(model):
         return model.config.block_size, model.config.window
     config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or 2048, getattr(config, "sliding_window", None)
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next(filter(None, limits), 2048), getattr(config, "sliding_window", None)
 
 
 def score_rows(model, rows, device):
@@ -218,21 +220,26 @@ def score_batch(model, items, device):
 def reads_packed_rows(model, examples, encode, device):
     """Whether an ending scores the same in a packed row, whatever the other endings are, and in a row alone. Not so
     where a recurrent state or a convolution goes on from one ending into the next, or where a model takes no such mask
-    or no positions. Tried on a row as long as any of the examples. Raises UserError if the model is not causal."""
+    or no positions. Tried on some examples and on a row as long as any. Raises UserError if the model is not causal."""
     half = model_limits(model)[0] // 2
-    context = encode(max((example["ctx"] for example in examples), key=len))[-half:]
-    ending = encode(max((ending for example in examples for ending in example["endings"]), key=len))[:half]
-    middle = len(ending) // 2
+    texts = [(example["ctx"], example["endings"][-1]) for example in (examples[0], examples[len(examples) // 2])]
+    endings = (ending for example in examples for ending in example["endings"])
+    texts.append((max((example["ctx"] for example in examples), key=len), max(endings, key=len)))
     try:
         if model.dtype != torch.float32:  # its rounding hides what an ending sees of the others
             model = copy.deepcopy(model).float()
-        alone = [(context, [ending]), (context, [ending[:middle]]), (context + ending[:middle], [ending[middle:]])]
-        whole, *parts = score_rows(model, alone, device)
-        if not torch.isclose(whole, sum(parts), rtol=1e-4):
-            raise UserError(f"{type(model).__name__}: not a causal language model; its tokens see those that follow")
-        packed = [(context, 4 * [ending]), (context, 3 * [ending[::-1]] + [ending])]
-        losses = score_rows(model, packed, device)[3::4]  # of the last ending, after two kinds of others
-        return torch.allclose(losses, whole, rtol=1e-4) and torch.allclose(losses[0], losses[1], rtol=1e-6)
+        for context, ending in texts:
+            context, ending = encode(context)[-half:], encode(ending)[:half]
+            middle = len(ending) // 2
+            alone = [(context, [ending]), (context, [ending[:middle]]), (context + ending[:middle], [ending[middle:]])]
+            whole, *parts = score_rows(model, alone, device)
+            if not torch.isclose(whole, sum(parts), rtol=1e-4):
+                raise UserError(f"{type(model).__name__}: not a causal language model; its tokens see those after them")
+            packed = [(context, 4 * [ending]), (context, 3 * [ending[::-1]] + [ending])]
+            losses = score_rows(model, packed, device)[3::4]  # of the last ending, after two kinds of others
+            if not (torch.allclose(losses, whole, rtol=1e-4) and torch.allclose(losses[0], losses[1], rtol=1e-6)):
+                return False
+        return True
     except UserError:
         raise
     except Exception:  # what a model does not take, or a GPU that holds it in bfloat16 only: each has its own error
@@ -252,25 +259,32 @@ def evaluate(model, examples, encode, style="completion", device=None, progress=
     device = torch.device(device or next(model.parameters()).device)
     distributed = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    was_training = model.training
+    in_training = [module for module in model.modules() if module.training]
     model.eval()
     packed = is_ours(model) or reads_packed_rows(model, examples, encode, device)  # an error is that of all ranks
     block_size, _ = model_limits(model)
     items = [make_item(example, encode, style, block_size, packed) for example in examples[rank::world_size]]
     items.sort(key=Item.longest_row, reverse=True)  # of rows that run together the shorter ones are padded
-    counts = torch.zeros(3, dtype=torch.int64, device=device)  # right by acc's measure, right by acc_norm's, truncated
-    with tqdm(total=len(items), unit="example", disable=not progress or rank > 0) as bar:
-        while items:
-            size = max(1, 2048 // (len(items[0].rows) * items[0].longest_row()))  # about 2048 tokens
-            batch, items = items[:size], items[size:]
+    batches = []
+    while items:
+        size = max(1, 2048 // (len(items[0].rows) * items[0].longest_row()))  # about 2048 tokens
+        batches.append(items[:size])
+        items = items[size:]
+    random.Random(0).shuffle(batches)  # so that the running accuracy is not that of the longest examples
+    counts = torch.zeros(3, dtype=torch.int64)  # right by acc's measure, right by acc_norm's, truncated
+    with tqdm(total=sum(map(len, batches)), unit="example", disable=not progress or rank > 0) as bar:
+        for batch in batches:
             losses = score_batch(model, batch, device)
             lengths = torch.tensor([item.lengths for item in batch])
             labels = torch.tensor([item.example["label"] for item in batch])
             right, right_norm = ((values.argmin(1) == labels).sum() for values in (losses, losses / lengths))
-            counts += torch.tensor([right, right_norm, sum(item.truncated for item in batch)], device=device)
+            counts += torch.tensor([right, right_norm, sum(item.truncated for item in batch)])
             bar.update(len(batch))
-    model.train(was_training)
+            bar.set_postfix_str(f"acc {counts[0] / max(1, bar.n):.2%}, acc_norm {counts[1] / max(1, bar.n):.2%}")
+    for module in in_training:
+        module.training = True
     if distributed:
+        counts = counts.to(device)
         dist.all_reduce(counts)
     right, right_norm, truncated = counts.tolist()
     n = len(examples)
@@ -356,12 +370,15 @@ class Flags:
 def open_model(name, style):
     """The model in float32 and encode (text -> list of ids), from a Hugging Face name or a model folder. As in
     lm-evaluation-harness, a tokenizer adds its own special tokens (Llama's BOS) in that style. Raises UserError."""
+    if os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json")):
+        raise UserError(f"{name}: no config.json in this folder; --model takes a model folder or a Hugging Face name")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     try:
         config = AutoConfig.from_pretrained(name)
         config.use_cache = False  # nothing is generated
-        if getattr(config, "activation_function", None) == "gelu_new":
-            config.activation_function = "gelu_pytorch_tanh"  # the same formula, in one kernel instead of eight
+        for key in ("activation_function", "hidden_act"):  # the same formula, in one kernel instead of eight
+            if getattr(config, key, None) == "gelu_new":
+                setattr(config, key, "gelu_pytorch_tanh")
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # no network, no such name, a damaged file: too many types to list
@@ -372,14 +389,16 @@ def open_model(name, style):
         ids = tokenizer.encode(text, add_special_tokens=style == "harness", verbose=False)
         num_rows = model.get_input_embeddings().weight.size(0)
         if max(ids, default=0) >= num_rows:  # no earlier: many a tokenizer has a few ids more, which no text here has
-            raise UserError(f"--model {name}: its tokenizer makes the id {max(ids)}, and the model has embeddings of "
-                            f"{num_rows}; give it the tokenizer that it was trained with")
+            raise UserError(f"--model {name}: its tokenizer has {len(tokenizer)} ids and a text has the id {max(ids)}, "
+                            f"the model has embeddings of {num_rows}; give it the tokenizer that it was trained with")
         return ids
     return model, encode
 
 
 def main(argv):
     flags = parse_flags(Flags, argv, prog="hellaswag.py", description=__doc__.strip().split("\n")[0])
+    if flags.limit < 0:
+        raise UserError(f"--limit {flags.limit}: 0 means all, else a number of examples")
     device = pick_device(flags.device)
     check_device(device)
     examples = load_examples(flags.data, flags.limit)

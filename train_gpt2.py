@@ -708,7 +708,7 @@ def open_data(path, tokenizer, config):
     name = path.name.split(".")[0]
     maker = shlex.join(["python", "fineweb.py", "--files", str(path), "--out", f"{name}_tokens"])
     if path.is_dir():
-        own = (fineweb.read_manifest(path) or {}).get("tokenizer", "gpt2")
+        own = fineweb.shard_tokenizer(path)
         if own != tokenizer.name and not fineweb.same_tokenizer(fineweb.open_shard_tokenizer(path), tokenizer):
             raise UserError(f"{path} holds {own} tokens, but the model has its own tokenizer, {tokenizer.name}")
         splits = {split: fineweb.list_shards(path, split) for split in ("train", "val")}
@@ -828,6 +828,7 @@ class Run:
         self.skipped = state.get("skipped", 0)  # updates left out in a row, since their gradients were not finite
         self.run_id = state.get("run_id", f"{time.time_ns():x}")
         self.stopped = False  # by a signal to any rank
+        self.token_bytes = tokenizer.token_bytes()
         self.seconds = state.get("seconds", 0.0)  # of training, without a process's first step
         self.timed_steps = state.get("timed_steps", 0)  # those that took these seconds
         self.is_warm = False  # after the first step, which compiles
@@ -836,7 +837,7 @@ class Run:
         self.train_data, self.val_data = open_data(setup.data, tokenizer, model.config)
         self.fingerprint = self.train_data.fingerprint()
         if state.get("fingerprint", self.fingerprint) != self.fingerprint:
-            raise UserError(f"--data {setup.data}: not the data of the run in {setup.out_dir}, other tokens; give its "
+            raise UserError(f"--data {setup.data}: the run in {setup.out_dir} has other data, by its tokens; give its "
                             "own, or begin a new run with --init_from and a checkpoint")
         self.batch_size, self.micro_steps = split_batch(self, state.get("batch_size"))
         self.ddp = model_to_train(self, notes)
@@ -889,8 +890,8 @@ class Run:
                 optimizer.step()
             optimizer.zero_grad()
         self.scaler.update()
-        numbers = loss, self.stop.time is not None, time.time() - started
-        loss, stop, seconds = world.mean(*numbers)  # the step's one small all-reduce
+        seconds = (time.time() - started) * world.size * (world.rank == 0)  # their mean is rank 0's
+        loss, stop, seconds = world.mean(loss, self.stop.time is not None, seconds)  # the step's one small all-reduce
         tokens = recipe.total_batch_size
         self.skipped = 0 if is_finite else self.skipped + 1
         self.stopped = stop > 0
@@ -1089,7 +1090,7 @@ def complete_config(config, given, notes):
             raise UserError(f"--{min(shape_flags)}: --init_from takes its shape from the model; leave the flag out")
         config.update(FINE_TUNING, keep=given)
     elif has_shards:
-        wanted, setup.tokenizer = setup.tokenizer, fineweb.open_shard_tokenizer(setup.data).name
+        wanted, setup.tokenizer = setup.tokenizer, fineweb.shard_tokenizer(setup.data)
         if "tokenizer" in given and wanted != setup.tokenizer:
             raise UserError(f"--tokenizer {wanted}: {setup.data} holds {setup.tokenizer} tokens")
 
@@ -1249,8 +1250,7 @@ def validate(model, corpus, tokens, batch_size, world, dtype, token_bytes):
 
 def log_validation(run):
     tokens = run.config.evaluation.eval_tokens
-    loss, bpb = validate(run.model, run.val_data, tokens, run.batch_size, run.world, run.dtype,
-                         run.tokenizer.token_bytes())
+    loss, bpb = validate(run.model, run.val_data, tokens, run.batch_size, run.world, run.dtype, run.token_bytes)
     perplexity = math.exp(min(loss, 700))
     checkpoints = list_checkpoints(run.config.setup.out_dir)
     if run.world.rank == 0 and run.saved_step == run.step and loss < run.log.best("loss", checkpoints):

@@ -127,7 +127,8 @@ def test_three_million_newlines_in_300_mb(tmp_path):
 
 
 @pytest.mark.parametrize("manifest", [{"shards": ["a.npy"]}, {"shards": [{"name": "a.npy"}]}, {"shards": {"a": 1}},
-                                      {"name": "a page's", "icons": []}, {"shards": [], "settings": 1}])
+                                      {"name": "a page's", "icons": []}, {"shards": [], "settings": 1},
+                                      {"shards": ["a.npy"], "settings": {}, "vocab_size": 1, "tokens": 1, "complete": True}])
 def test_another_programs_manifest_is_one_line(manifest, tmp_path):
     (tmp_path / "text.txt").write_text("some text\n" * 20)
     (tmp_path / "shards").mkdir()

@@ -54,7 +54,7 @@ def test_moved_data_is_accepted_and_other_data_refused(kind, small_shards, text_
     before = (tmp_path / "log" / "log.jsonl").read_bytes()
     shutil.rmtree(tmp_path / "log" / "step_000006")
     error = refused("train_gpt2.py", *resume, "--data", there)
-    assert str(there) in error and "not the data" in error
+    assert str(there) in error and "has other data" in error
     assert (tmp_path / "log" / "log.jsonl").read_bytes() == before
 
 

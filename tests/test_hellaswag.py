@@ -216,6 +216,8 @@ def test_evaluate(kind):
     model = build(kind)
     results = {style: expected_result(kind, style) for style in hellaswag.STYLES}
     model.train()
+    next(model.children()).eval()
+    modes = [module.training for module in model.modules()]
     for style, expected in results.items():
         # the compiled model is scored through the raw one; with its wrapper on, every shape would compile anew
         for scored in (model, torch.compile(model)):
@@ -228,8 +230,7 @@ def test_evaluate(kind):
                 for example in EXAMPLES]
         if style == "completion":
             assert result["truncated"] == sum(long) >= 3
-    assert all(module.training for module in model.modules())
-    model.eval()
+    assert [module.training for module in model.modules()] == modes
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -417,7 +418,7 @@ def test_command_line(kind, style, tmp_path):
     result = json.loads(out.splitlines()[-1])
     assert list(result) == ["model", "style", "dtype", "n", "acc", "acc_norm", "acc_stderr", "acc_norm_stderr",
                             "truncated", "examples_per_second"]
-    assert "20/20" in err  # the progress bar
+    assert "acc_norm" in err and "20/20" in err  # the progress bar's running accuracy
     with torch.no_grad():
         scores = [reference_scores(lambda idx: model(idx).logits, example, tokenizer.encode, style, 256)
                   for example in EXAMPLES[:20]]
@@ -469,6 +470,7 @@ def test_flags():
     assert "only so many of the first examples" in out and "completion,harness" in out
     _, err = run("hellaswag.py", "--style", "both", expect=2)
     assert "completion" in err and "harness" in err
+    assert "--limit -1: 0 means all" in refused("hellaswag.py", "--limit", -1)
 
 
 def test_wrong_input_is_one_line(tmp_path):
@@ -476,7 +478,7 @@ def test_wrong_input_is_one_line(tmp_path):
     folder.mkdir()
     (tmp_path / "bad.jsonl").write_text("{}\n")
     (tmp_path / "val.jsonl").write_text(json.dumps(EXAMPLES[0]) + "\n")
-    for flags, expected in ((["--model", folder, "--data", tmp_path / "val.jsonl"], "in its config.json"),
+    for flags, expected in ((["--model", folder, "--data", tmp_path / "val.jsonl"], "no config.json"),
                             (["--data", tmp_path / "bad.jsonl"], "bad.jsonl, line 1"),
                             (["--data", tmp_path / "none.jsonl"], "none.jsonl: No such file")):
         assert expected in refused("hellaswag.py", *flags)

@@ -362,7 +362,7 @@ def test_help_is_quick(capsys):
 def test_bad_data_is_one_line(tmp_path, small_shards):
     latin = tmp_path / "latin.txt"
     latin.write_bytes("café".encode("latin1") * 1000)
-    assert "not UTF-8 at byte 3" in refused("train_gpt2.py", *SMALL, "--data", latin, "--out_dir", tmp_path / "log")
+    assert "byte 3 is not UTF-8" in refused("train_gpt2.py", *SMALL, "--data", latin, "--out_dir", tmp_path / "log")
     short = tmp_path / "short.txt"
     short.write_text("To be, or not to be")
     assert "fewer than one window" in refused("train_gpt2.py", *SMALL, "--data", short, "--out_dir", tmp_path / "log")
