@@ -42,7 +42,6 @@ class UserError(Exception):
     """Something the user can put right. The message is the one line that they see."""
     exit_code = 2
 
-
 # -----------------------------------------------------------------------------
 # command lines (also of train_gpt2.py and hellaswag.py)
 
@@ -104,7 +103,6 @@ def give_way(is_users_error):
     rank = int(os.environ["RANK"])
     turn = 0 if rank == 0 else 10 + min(rank, 10)  # seconds: a busy machine takes some to end a process
     time.sleep(turn if is_users_error else turn + 5)
-
 
 # -----------------------------------------------------------------------------
 # tokenizers
@@ -324,7 +322,6 @@ def open_shard_tokenizer(folder):
     tokenizer.name = name
     return tokenizer
 
-
 # -----------------------------------------------------------------------------
 # the shard format
 
@@ -448,7 +445,6 @@ def read_manifest(folder):
     if not isinstance(manifest, dict):
         raise UserError(f"{path}: not a JSON object; delete it and run fineweb.py again")
     return manifest
-
 
 # -----------------------------------------------------------------------------
 # where documents come from: a source yields them in an order that never changes, from any place on
@@ -777,7 +773,6 @@ class HubDataset:
             raise UserError(f"{self.description}: reading failed after row {self.row}: {one_line(error)}; "
                             "the same command continues") from None
 
-
 # -----------------------------------------------------------------------------
 # tokenizing: groups of texts go to worker processes and come back in order
 
@@ -848,7 +843,6 @@ def tokenize_in_order(source, tokenizer, end, workers, context):
             if len(waiting) >= 8 * workers:  # enough to keep them busy while a shard is flushed
                 yield waiting.popleft()
         yield from waiting
-
 
 # -----------------------------------------------------------------------------
 # shards from a stream of tokens

@@ -34,7 +34,6 @@ from fineweb import UserError, one_line, parse_flags, run_cli
 
 STYLES = ("completion", "harness")
 
-
 # -----------------------------------------------------------------------------
 # the data
 
@@ -108,7 +107,6 @@ def render(example, encode, style):
     endings = [encode(f"{text} {ending}")[len(context):] for ending in cleaned]
     return context, endings, [len(ending) for ending in cleaned]
 
-
 # -----------------------------------------------------------------------------
 # an example as rows of tokens
 # The four texts of an example begin with the same context. Packed in one row, it is read once instead of four times:
@@ -170,7 +168,6 @@ def make_item(example, encode, style, block_size, packed):
         lengths = [len(ending) for _, (ending,) in rows]  # without what was cut
     return Item(example, rows, lengths, truncated)
 
-
 # -----------------------------------------------------------------------------
 # scoring with our own GPT, or one of Transformers' models
 
@@ -210,11 +207,6 @@ def score_rows(model, rows, device):
     losses = [F.cross_entropy(chunk.float(), target, reduction="none") for chunk, target in chunks]
     sizes = [len(ending) for _, endings in rows for ending in endings]
     return torch.stack([part.sum() for part in torch.cat(losses).cpu().double().split(sizes)])
-
-
-def score_batch(model, items, device):
-    """The summed losses of each item's endings, in nats: (len(items), 4) float64 on the CPU."""
-    return score_rows(model, [row for item in items for row in item.rows], device).view(-1, 4)
 
 
 def reads_packed_rows(model, examples, encode, device):
@@ -262,7 +254,7 @@ def evaluate(model, examples, encode, style="completion", device=None, progress=
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     packed = is_ours(model) or reads_packed_rows(model, examples, encode, device)  # an error is that of all ranks
-    block_size, _ = model_limits(model)
+    block_size = model_limits(model)[0]
     items = [make_item(example, encode, style, block_size, packed) for example in examples[rank::world_size]]
     items.sort(key=Item.longest_row, reverse=True)  # of rows that run together the shorter ones are padded
     batches = []
@@ -274,7 +266,7 @@ def evaluate(model, examples, encode, style="completion", device=None, progress=
     counts = torch.zeros(3, dtype=torch.int64)  # right by acc's measure, right by acc_norm's, truncated
     with tqdm(total=sum(map(len, batches)), unit="example", disable=not progress or rank > 0) as bar:
         for batch in batches:
-            losses = score_batch(model, batch, device)
+            losses = score_rows(model, [row for item in batch for row in item.rows], device).view(-1, 4)
             lengths = torch.tensor([item.lengths for item in batch])
             labels = torch.tensor([item.example["label"] for item in batch])
             right, right_norm = ((values.argmin(1) == labels).sum() for values in (losses, losses / lengths))
@@ -291,7 +283,6 @@ def evaluate(model, examples, encode, style="completion", device=None, progress=
     acc, acc_norm = right / n, right_norm / n
     return {"n": n, "acc": acc, "acc_norm": acc_norm, "acc_stderr": (acc * (1 - acc) / max(1, n - 1)) ** 0.5,
             "acc_norm_stderr": (acc_norm * (1 - acc_norm) / max(1, n - 1)) ** 0.5, "truncated": truncated}
-
 
 # -----------------------------------------------------------------------------
 # device and dtype, also of train_gpt2.py
@@ -352,7 +343,6 @@ def matmul_seconds(dtype, tokens, inputs, outputs):
         F.linear(x, weight)
         tries.append(time.perf_counter() - started)
     return min(tries)
-
 
 # -----------------------------------------------------------------------------
 # the command line

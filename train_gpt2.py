@@ -890,8 +890,8 @@ class Run:
                 optimizer.step()
             optimizer.zero_grad()
         self.scaler.update()
-        seconds = (time.time() - started) * world.size * (world.rank == 0)  # their mean is rank 0's
-        loss, stop, seconds = world.mean(loss, self.stop.time is not None, seconds)  # the step's one small all-reduce
+        mine = [loss / world.size, self.stop.time is not None, (time.time() - started) * (world.rank == 0)]
+        loss, stop, seconds = world.all_reduce(mine)  # the step's one small all-reduce; the time is rank 0's
         tokens = recipe.total_batch_size
         self.skipped = 0 if is_finite else self.skipped + 1
         self.stopped = stop > 0
@@ -933,7 +933,6 @@ class Run:
 
 def training_loop(run):
     every, world, schedule = run.config.evaluation, run.world, run.config.schedule
-    first_step = run.step + 1
     total = schedule.max_steps if schedule.max_steps < NO_LIMIT else None
     bar = tqdm(total=total, initial=run.step, unit="step", dynamic_ncols=True,
                disable=run.config.system.quiet or world.rank > 0, mininterval=0.1 if sys.stderr.isatty() else 10)
@@ -951,7 +950,9 @@ def training_loop(run):
         if run.is_over():
             break
         line = run.train_step()
-        collect_garbage(run.step, first_step)
+        if gc.isenabled() or run.step % 1000 == 0:
+            gc.disable()  # it runs here alone: within a step of one rank it would keep all waiting
+            gc.collect()
         run.log.write("train", run.step, **line)
         bar.set_postfix_str(f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, norm {line['grad_norm']:.3f}, "
                             f"{line['tokens_per_second']:,.0f} tokens/s", refresh=False)
@@ -967,26 +968,13 @@ def training_loop(run):
     run.log.close()
     if run.saved_step != run.step and (run.stopped or every.checkpoint_every):
         raise RunFailed(f"the last checkpoint could not be written; {describe_newest_checkpoint(run)}")
-    script = shlex.quote(os.path.relpath(HERE / "train_gpt2.py"))
-    out_dir = shlex.quote(run.config.setup.out_dir)
     if run.stopped:
-        is_one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-        torchrun = f"torchrun --standalone --nproc_per_node={world.size}" if is_one_node else "torchrun …"
-        launcher = torchrun if world.distributed else "python"
-        world.print(f"stopped by a signal at step {run.step:,}; go on with:\n"
-                    f"  {launcher} {script} --out_dir {out_dir} --resume")
+        world.print(f"stopped by a signal at step {run.step:,}; go on with the same command and --resume")
     elif run.saved_step == run.step:
+        script = shlex.quote(os.path.relpath(HERE / "train_gpt2.py"))
+        latest = shlex.quote(run.config.setup.out_dir + "/latest")
         world.print(f"done at step {run.step:,}; sample from the model with:\n"
-                    f"  python {script} sample --checkpoint {out_dir}/latest --prompt \"ROMEO:\"")
-
-
-def collect_garbage(step, first_step):
-    """Python's collector runs here alone: within a step of one rank it would keep all waiting."""
-    if step == first_step or step % 1000 == 0:
-        gc.collect()
-    if step == first_step:
-        gc.freeze()  # what is there now stays
-        gc.disable()
+                    f"  python {script} sample --checkpoint {latest} --prompt \"ROMEO:\"")
 
 
 class StopRequest:
@@ -1600,9 +1588,6 @@ class World:
             dist.all_reduce(values, op=op)
         return values.tolist()
 
-    def mean(self, *numbers):
-        return [total / self.size for total in self.all_reduce(numbers)]
-
     def from_rank_0(self, value):
         box = [value]
         if self.distributed:
@@ -1714,7 +1699,7 @@ def to_hf_config(config, model_type):
     hf = {hf_name: getattr(config, name) for name, hf_name in FORMATS[model_type][1].items()}
     if model_type == "gpt2":
         hf |= {"activation_function": "gelu_new", "scale_attn_weights": True, "add_cross_attention": False,
-               "scale_attn_by_inverse_layer_idx": False}
+               "scale_attn_by_inverse_layer_idx": False, "n_ctx": config.block_size}  # n_ctx is for llama.cpp
     elif model_type != OWN_TYPE:
         hf |= {"hidden_act": "silu", "attention_bias": config.bias,
                "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
@@ -1738,7 +1723,7 @@ def from_hf_config(hf, model_type, path="config.json"):
     if isinstance(values["eot"], list):
         values["eot"] = values["eot"][0]
     config = GPTConfig(**values)
-    may_differ = ("rope_theta", "n_inner", "eos_token_id", "max_window_layers")  # read or derived above
+    may_differ = ("rope_theta", "n_inner", "n_ctx", "eos_token_id", "max_window_layers")  # read or derived above
     for name, value in to_hf_config(config, model_type).items():
         if name not in may_differ and hf.get(name, value) not in (value, "gelu_pytorch_tanh"):  # gelu_new's other name
             raise UserError(f"{path}: {name} = {hf[name]!r} is not supported (only {value!r})")
@@ -1877,7 +1862,6 @@ def train(argv):
         raise out_of_memory(run) from None
     finally:
         gc.enable()
-        gc.unfreeze()
         if world.lock is not None:
             os.close(world.lock)
     del run  # and DDP with it, which must not outlive the process group

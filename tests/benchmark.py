@@ -1,7 +1,7 @@
 """
 What the README and tests/RESULTS.md state, measured on the machine at hand: the baseline and the new code in one run.
 
-$ python tests/benchmark.py all --write tests/RESULTS.md        # all of it; three quarters of an hour on two CPU cores
+$ python tests/benchmark.py all --write tests/RESULTS.md        # all of it; an hour on two CPU cores
 $ python tests/benchmark.py ladder heads --write tests/RESULTS.md   # these parts again, the others stay
 $ python tests/benchmark.py limit                               # what this machine's matmuls, attention and copies allow
 $ python tests/benchmark.py ladder --memory_limit_gb 16         # from 2019's script to this one, step by step, as on a 16 GB card
@@ -758,11 +758,11 @@ def one_at_a_time(model, examples, encode):
     return time.perf_counter() - started, predictions
 
 
-def matmul_rate():
+def matmul_rate(dtype):
     """Multiply-adds this machine does, in FLOP/s: the best of the model's largest products."""
     rates = []
     for rows, inside, outside in ((2048, 768, 3072), (2048, 3072, 768), (512, 768, 50257)):
-        a, b = torch.randn(rows, inside), torch.randn(outside, inside)
+        a, b = (torch.randn(n, inside, dtype=getattr(torch, dtype)) for n in (rows, outside))
         for _ in range(4):
             started = time.perf_counter()
             F.linear(a, b)
@@ -773,13 +773,13 @@ def matmul_rate():
 def hellaswag_rows(n=120, compare=40, dtypes=("float32",), rounds=2):
     """-> rows {method, dtype, examples_per_s, ratio}. Ours scores n examples, the one-at-a-time method the first
     `compare` of them, in turns: the speed of a machine that others share drifts. ratio is to the one-at-a-time method.
-    The last row is the floor: the operations that ours cannot do without, at the measured matmul rate."""
+    A last row for each dtype: the operations that ours cannot do without, at the measured matmul rate."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     tokenizer = fineweb.get_tokenizer("gpt2")
     examples = realistic_examples(n, tokenizer.encode)
     model = GPT2LMHeadModel(GPT2Config()).eval()
-    ours, seconds, rates = {}, dict.fromkeys(dtypes, 0.0), []
+    ours, seconds, rates = {}, dict.fromkeys(dtypes, 0.0), {dtype: [] for dtype in dtypes}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -792,8 +792,8 @@ def hellaswag_rows(n=120, compare=40, dtypes=("float32",), rounds=2):
     answered = [example | {"label": answer} for example, answer in zip(examples, answers)]
     agreement = {dtype: hellaswag.evaluate(opened, answered, encode)["acc_norm"] for dtype, opened in ours.items()}
     for _ in range(rounds):
-        rates.append(matmul_rate())
         for dtype in dtypes:
+            rates[dtype].append(matmul_rate(dtype))
             started = time.perf_counter()
             hellaswag.evaluate(ours[dtype], examples, encode)
             seconds[dtype] += time.perf_counter() - started
@@ -805,13 +805,16 @@ def hellaswag_rows(n=120, compare=40, dtypes=("float32",), rounds=2):
         lengths = [len(tokenizer.encode(" " + ending)) for ending in example["endings"]]
         read += len(tokenizer.encode(example["ctx"])) + sum(lengths) - 4  # an ending's last token is never read
         scored += sum(lengths)
-    floor = n * max(rates) / (2 * BLOCKS * read + 2 * HEAD * scored)
+    operations = (2 * BLOCKS * read + 2 * HEAD * scored) / n  # of an example
     rows = [{"method": "one at a time, padded", "dtype": "float32", "examples_per_s": base, "ratio": 1.0, "same answers": None}]
     for dtype, speed in speeds.items():
         rows.append({"method": "hellaswag.py", "dtype": dtype, "examples_per_s": speed, "ratio": speed / base,
                      "same answers": f"{agreement[dtype]:.1%} of {compare}"})
-    return rows + [{"method": "operations that it cannot do without, at this chip's best matmul rate", "dtype": "float32",
-                    "examples_per_s": floor, "ratio": floor / base, "same answers": None}]
+    for dtype in dtypes:
+        bound = max(rates[dtype]) / operations
+        rows.append({"method": "operations that it cannot do without, at this chip's best matmul rate", "dtype": dtype,
+                     "examples_per_s": bound, "ratio": bound / base, "same answers": None})
+    return rows
 
 
 def score(args):
@@ -850,7 +853,7 @@ def small_run(flags, folder, **given):
         flags["min_lr"] = flags["lr"] / 10  # the preset's is 0
     return train(**dict(preset="tiny", n_layer=4, n_embd=128, n_head=4, block_size=128, total_batch_size=4096, weight_decay=0.1,
                         warmup_steps=given["max_steps"] // 20, sample_every=0, checkpoint_every=0, quiet=True, device="cpu", compile=False,
-                        data=ROOT / "input.txt", out_dir=folder) | flags)
+                        dtype="float32", data=ROOT / "input.txt", out_dir=folder) | flags)
 
 
 def recipe_run(flags, lr, steps, seed, folder):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import fineweb
 import train_gpt2
 from conftest import SMALL, log_lines, run, run_ranks, save_llama2_tokenizer
-from train_gpt2 import GPT, GPTConfig, ScheduleFlags
+from train_gpt2 import GPT, ScheduleFlags
 
 TEXT = "Ein Bär in 東京, naïve café — 🙂 don't\n\n  say:\tit's  2,000 € "
 

@@ -66,6 +66,7 @@ def test_equals_gpt2_both_ways(shape, tmp_path):
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "mine").eval()
     assert type(opened) is GPT2LMHeadModel and opened.config.eos_token_id == shape["vocab_size"] - 1
     assert opened.config.embd_pdrop == opened.config.attn_pdrop == opened.config.resid_pdrop == 0.2
+    assert opened.config.n_ctx == shape["block_size"]  # which llama.cpp's converter reads
     with torch.no_grad():
         assert relative(mine(idx), opened(idx).logits) < 1e-4
 
