@@ -1466,12 +1466,17 @@ class RunLog:
         # This step's validation and samples are made again; its training line stays.
         lines = [line for line in lines if line.get("step", 0) < run.step + (line["kind"] == "train")] or [about]
         self.vals = [line for line in lines if line["kind"] == "val"]
-        self.is_active = run.world.rank == 0
-        self.wandb = self.tensorboard = None
-        if not self.is_active:
+        self.file = self.wandb = self.tensorboard = None
+        if run.world.rank > 0:
             return
         if system.wandb:
-            self.wandb = start_wandb(system.wandb, run.run_id, about, out_dir)
+            import wandb
+            try:
+                self.wandb = wandb.init(project=system.wandb, id=run.run_id, resume="allow", config=about, dir=out_dir)
+            except Exception as error:  # no key, no terminal to ask for one, no network
+                raise UserError(f"--wandb {system.wandb}: Weights & Biases does not start ({one_line(error)}); run "
+                                "`wandb login` first, or set WANDB_MODE=offline") from None
+            self.wandb.define_metric("*", step_metric="step")  # not by its own count of calls
         if system.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.tensorboard = SummaryWriter(out_dir, purge_step=run.step + 1)
@@ -1488,7 +1493,7 @@ class RunLog:
                 values[name] = None  # JSON has no nan
         if kind == "val":
             self.vals.append({"step": step, **values})
-        if not self.is_active:
+        if self.file is None:
             return
         try:
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
@@ -1508,7 +1513,7 @@ class RunLog:
         return min(found, default=math.inf)
 
     def close(self):
-        if self.is_active:
+        if self.file:
             self.file.close()
         if self.wandb:
             self.wandb.finish()
@@ -1516,27 +1521,13 @@ class RunLog:
             self.tensorboard.close()
 
 
-def start_wandb(project, run_id, config, folder):
-    """The run at Weights & Biases, drawn over our steps, not over its own count of calls. Raises UserError."""
-    import wandb
-    try:
-        run = wandb.init(project=project, id=run_id, resume="allow", config=config, dir=folder)
-    except Exception as error:  # no key, no terminal to ask for one, no network
-        raise UserError(f"--wandb {project}: Weights & Biases does not start ({one_line(error)}); run `wandb login` "
-                        "first, or set WANDB_MODE=offline") from None
-    run.define_metric("*", step_metric="step")
-    return run
-
-
 def read_log(path):
     """The lines of a log.jsonl; those that a killed run or machine left unfinished are left out."""
     lines = []
     with open(path, errors="replace") as f:
         for line in f:
-            try:
+            with contextlib.suppress(ValueError):
                 lines.append(json.loads(line))
-            except ValueError:
-                continue
     return lines
 
 # -----------------------------------------------------------------------------
