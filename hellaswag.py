@@ -209,6 +209,11 @@ def score_rows(model, rows, device):
     return torch.stack([part.sum() for part in torch.cat(losses).cpu().double().split(sizes)])
 
 
+def score_batch(model, items, device):
+    """The summed losses of each item's endings, in nats: (len(items), 4) float64 on the CPU."""
+    return score_rows(model, [row for item in items for row in item.rows], device).view(-1, 4)
+
+
 def reads_packed_rows(model, examples, encode, device):
     """Whether an ending scores the same in a packed row, whatever the other endings are, and in a row alone. Not so
     where a recurrent state or a convolution goes on from one ending into the next, or where a model takes no such mask
@@ -266,7 +271,7 @@ def evaluate(model, examples, encode, style="completion", device=None, progress=
     counts = torch.zeros(3, dtype=torch.int64)  # right by acc's measure, right by acc_norm's, truncated
     with tqdm(total=sum(map(len, batches)), unit="example", disable=not progress or rank > 0) as bar:
         for batch in batches:
-            losses = score_rows(model, [row for item in batch for row in item.rows], device).view(-1, 4)
+            losses = score_batch(model, batch, device)
             lengths = torch.tensor([item.lengths for item in batch])
             labels = torch.tensor([item.example["label"] for item in batch])
             right, right_norm = ((values.argmin(1) == labels).sum() for values in (losses, losses / lengths))

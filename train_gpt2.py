@@ -933,6 +933,7 @@ class Run:
 
 def training_loop(run):
     every, world, schedule = run.config.evaluation, run.world, run.config.schedule
+    first_step = run.step + 1
     total = schedule.max_steps if schedule.max_steps < NO_LIMIT else None
     bar = tqdm(total=total, initial=run.step, unit="step", dynamic_ncols=True,
                disable=run.config.system.quiet or world.rank > 0, mininterval=0.1 if sys.stderr.isatty() else 10)
@@ -950,9 +951,7 @@ def training_loop(run):
         if run.is_over():
             break
         line = run.train_step()
-        if gc.isenabled() or run.step % 1000 == 0:
-            gc.disable()  # it runs here alone: within a step of one rank it would keep all waiting
-            gc.collect()
+        collect_garbage(run.step, first_step)
         run.log.write("train", run.step, **line)
         bar.set_postfix_str(f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, norm {line['grad_norm']:.3f}, "
                             f"{line['tokens_per_second']:,.0f} tokens/s", refresh=False)
@@ -968,13 +967,26 @@ def training_loop(run):
     run.log.close()
     if run.saved_step != run.step and (run.stopped or every.checkpoint_every):
         raise RunFailed(f"the last checkpoint could not be written; {describe_newest_checkpoint(run)}")
+    script = shlex.quote(os.path.relpath(HERE / "train_gpt2.py"))
+    out_dir = shlex.quote(run.config.setup.out_dir)
     if run.stopped:
-        world.print(f"stopped by a signal at step {run.step:,}; go on with the same command and --resume")
+        is_one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+        torchrun = f"torchrun --standalone --nproc_per_node={world.size}" if is_one_node else "torchrun …"
+        launcher = torchrun if world.distributed else "python"
+        world.print(f"stopped by a signal at step {run.step:,}; go on with:\n"
+                    f"  {launcher} {script} --out_dir {out_dir} --resume")
     elif run.saved_step == run.step:
-        script = shlex.quote(os.path.relpath(HERE / "train_gpt2.py"))
-        latest = shlex.quote(run.config.setup.out_dir + "/latest")
         world.print(f"done at step {run.step:,}; sample from the model with:\n"
-                    f"  python {script} sample --checkpoint {latest} --prompt \"ROMEO:\"")
+                    f"  python {script} sample --checkpoint {out_dir}/latest --prompt \"ROMEO:\"")
+
+
+def collect_garbage(step, first_step):
+    """Python's collector runs here alone: within a step of one rank it would keep all waiting."""
+    if step == first_step or step % 1000 == 0:
+        gc.collect()
+    if step == first_step:
+        gc.freeze()  # what is there now stays
+        gc.disable()
 
 
 class StopRequest:
@@ -1853,6 +1865,7 @@ def train(argv):
         raise out_of_memory(run) from None
     finally:
         gc.enable()
+        gc.unfreeze()
         if world.lock is not None:
             os.close(world.lock)
     del run  # and DDP with it, which must not outlive the process group

@@ -274,9 +274,9 @@ def check_mixture(parts, dtype):
     item = hellaswag.make_item(example, list_of_ids, "completion", 32, packed=True)
     with torch.no_grad(), autocast("cuda", dtype):
         new = list(model.stream(x[:, :20], 2))  # after the prompt, and after one more token
-        losses = hellaswag.score_rows(model.eval(), item.rows, torch.device("cuda", 0))
+        losses = hellaswag.score_batch(model.eval(), [item], torch.device("cuda", 0))
     assert len(new) == 2 and all(token.shape == (3, 1) and token.device.type == "cuda" for token in new)
-    assert losses.shape == (4,)
+    assert losses.shape == (1, 4)
 
 
 def list_of_ids(text):

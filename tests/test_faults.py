@@ -143,10 +143,12 @@ def test_a_signal_saves_and_says_how_to_go_on(number, uninterrupted, small_shard
     wait_for(lambda: steps_logged(tmp_path / "log") >= 3, process)
     process.send_signal(number)
     out, _ = process.finish()
+    last = out.strip().splitlines()[-1].strip()
     step = len(losses(tmp_path / "log"))
-    assert out.strip().endswith(f"stopped by a signal at step {step}; go on with the same command and --resume")
-    assert (tmp_path / f"log/step_{step:06d}").is_dir() and step < 40
-    run("train_gpt2.py", *LONG, "--data", small_shards, "--out_dir", tmp_path / "log", "--resume")
+    assert last.endswith("--resume") and (tmp_path / f"log/step_{step:06d}").is_dir() and step < 40
+    python, script, *flags = shlex.split(last)
+    assert python == "python" and os.path.samefile(script, ROOT / "train_gpt2.py")
+    run("train_gpt2.py", *flags)
     assert result(tmp_path / "log")[0] == result(uninterrupted)[0]
 
 
@@ -214,16 +216,18 @@ def test_two_processes_equal_one(one_process, small_shards, tmp_path):
 
 
 def test_a_signal_to_one_rank_stops_all_and_says_how_to_go_on(one_process, small_shards, tmp_path):
-    """Under the true torchrun; then the same command with --resume."""
-    flags = [*SMALL, "--max_steps", 30, "--eval_tokens", 1500, "--batch_size", 1, "--data", small_shards, "--out_dir", tmp_path / "log"]
-    process = spawn("train_gpt2.py", *flags, torchrun=2)
+    """Under the true torchrun, whose printed command is then run as it stands."""
+    process = spawn("train_gpt2.py", *SMALL, "--max_steps", 30, "--eval_tokens", 1500, "--batch_size", 1, "--data", small_shards,
+                    "--out_dir", tmp_path / "log", torchrun=2)
     wait_for(lambda: steps_logged(tmp_path / "log") >= 3, process)
     os.kill(sorted(workers_of(process.pid))[-1], signal.SIGTERM)
     out, _ = process.finish()
     step = len(losses(tmp_path / "log"))
     assert (tmp_path / f"log/step_{step:06d}").is_dir() and step < 30
-    assert out.count(f"stopped by a signal at step {step}; go on with the same command and --resume") == 1
-    spawn("train_gpt2.py", *flags, "--resume", torchrun=2).finish()
+    last = out.strip().splitlines()[-1].split()
+    assert last[:3] == ["torchrun", "--standalone", "--nproc_per_node=2"] and os.path.samefile(last[3], ROOT / "train_gpt2.py")
+    assert last[4:] == ["--out_dir", str(tmp_path / "log"), "--resume"]
+    spawn("train_gpt2.py", *last[4:], torchrun=last[1:3]).finish()
     close(tmp_path / "log", one_process)
 
 

@@ -172,8 +172,7 @@ def our_scores(model, items):
     for start in range(0, len(items), 16):
         batch = items[start:start + 16]
         rows = [item.example["ind"] for item in batch]
-        rows_to_score = [row for item in batch for row in item.rows]
-        sums[rows] = hellaswag.score_rows(model, rows_to_score, torch.device("cpu")).view(-1, 4)
+        sums[rows] = hellaswag.score_batch(model, batch, torch.device("cpu"))
         with np.errstate(divide="ignore"):  # an ending of no characters
             normed[rows] = sums[rows] / np.array([item.lengths for item in batch])
     return sums, normed
@@ -289,7 +288,7 @@ def test_an_ending_of_no_tokens_scores_nothing():
         example = {**EXAMPLES[0], "ctx": "a", "endings": ["", "b", "c", "d"]}
         item = hellaswag.make_item(example, lambda text: list(text.strip().encode()), "completion", 128, packed)
         with torch.no_grad():
-            losses = hellaswag.score_rows(build("ours"), item.rows, torch.device("cpu"))
+            losses = hellaswag.score_batch(build("ours"), [item], torch.device("cpu"))[0]
         assert losses[0] == 0 and (losses[1:] > 0).all()
 
 
