@@ -750,11 +750,12 @@ class HubDataset:
         """Yields (place, state, text) from the place `first` on, whose state is `state`."""
         data = self.data
         self.row = first.row
-        if state and self.config.streaming:
+        state = state if self.config.streaming else None
+        if state:
             data.load_state_dict(state["source"])
             self.row = state["row"]
         elif self.row:
-            data, state = data.skip(self.row), None
+            data = data.skip(self.row)
         elif self.config.streaming:
             state = {"row": 0, "source": data.state_dict()}
         try:

@@ -984,6 +984,24 @@ def test_datasets_streaming_or_not(tmp_path, monkeypatch):
             build(tmp_path / "x", dataset=str(hub), **settings)
 
 
+@pytest.mark.parametrize("first, then", [(True, False), (False, True)])
+def test_a_data_set_goes_on_the_other_way(first, then, tmp_path, monkeypatch):
+    """Begun with --streaming and continued without, and the reverse: within the first row, and after it."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    write_parquet(hub / "train-00000-of-00001.parquet", ["\n".join(make_documents(300, seed=3)), *make_documents(600)])
+    build(tmp_path / "whole", dataset=str(hub), shard_size=10_000, streaming=first)
+    shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    shards = fineweb.read_manifest(tmp_path / "out")["shards"]
+    assert shards[0]["end"]["place"][1] == 0 < shards[-2]["end"]["place"][1]
+    for last in (0, len(shards) - 2):
+        for shard in shards[last + 1:]:
+            os.remove(tmp_path / "out" / shard["name"])
+        build(tmp_path / "out", dataset=str(hub), shard_size=10_000, streaming=then)
+        assert contents_of_shards(tmp_path / "out") == contents_of_shards(tmp_path / "whole")
+
+
 def contents_of_shards(folder):
     return {name: data for name, data in contents(folder).items() if name.endswith(".npy")}
 
