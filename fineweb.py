@@ -254,7 +254,10 @@ class FolderTokenizer:
 
     def encode(self, text):
         text = without_lone_surrogates(text)
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        except Exception as error:  # tokenizers' own kind: no token stands for unknown words
+            raise UserError(f"{self.name}: a text cannot be tokenized ({one_line(error)})") from None
 
     encode_array = ByteTokenizer.encode_array
 
@@ -264,15 +267,21 @@ class FolderTokenizer:
     def token_bytes(self):
         tokens = self.tokenizer.convert_ids_to_tokens(range(self.vocab_size))
         special = set(self.tokenizer.all_special_ids)
-        is_byte_level = '"ByteLevel"' in json.dumps(json.loads(self.tokenizer.backend_tokenizer.to_str())["decoder"])
+        decoder = json.dumps(json.loads(self.tokenizer.backend_tokenizer.to_str())["decoder"])
+        is_byte_level = '"ByteLevel"' in decoder
+        is_sentence_piece = "\\u2581" in decoder
+        other = self.encode("the")[:1]  # decoded between two of these, a token has the space that belongs to it
+        bytes_of_two = len(self.decode(other + other).encode("utf-8"))
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for i, token in enumerate(tokens):
             if token is None or i in special:
                 continue
             if is_byte_level or re.fullmatch("<0x..>", token):  # a character, or a name, for each byte
                 lengths[i] = len(token) if is_byte_level else 1
-            else:  # SentencePiece's mark of a space
+            elif is_sentence_piece:  # its mark of a space
                 lengths[i] = len(token.replace("\u2581", " ").encode("utf-8"))
+            else:
+                lengths[i] = len(self.decode([*other, i, *other]).encode("utf-8")) - bytes_of_two
         return lengths
 
     def save_pretrained(self, folder):
@@ -310,8 +319,9 @@ def same_tokenizer(one, other):
 
 
 def shard_tokenizer(folder):
-    """The name of the tokenizer of a folder of shards; without a manifest they are other people's, of GPT-2's."""
-    return (read_manifest(folder) or {}).get("tokenizer", "gpt2")
+    """The name of the tokenizer of a folder of shards; without a manifest it is their own copy, or else GPT-2's."""
+    copy = os.path.join(folder, "tokenizer")
+    return (read_manifest(folder) or {}).get("tokenizer", copy if os.path.isdir(copy) else "gpt2")
 
 
 def open_shard_tokenizer(folder):
@@ -432,6 +442,16 @@ def list_shards(folder, split):
     return []
 
 
+def check_complete(folder, paths):
+    """Raises UserError where the manifest lists a shard that is not among the paths, as a copy broken off leaves it."""
+    shards = (read_manifest(folder) or {}).get("shards")
+    names = {os.path.basename(path) for path in paths}
+    for shard in shards if isinstance(shards, list) else []:
+        if isinstance(shard, dict) and shard.get("name", "") not in names | {""}:
+            raise UserError(f"{folder}: {shard['name']} is missing, which manifest.json lists; copy it too, or delete "
+                            "manifest.json")
+
+
 def read_manifest(folder):
     """The folder's manifest.json as a dict, or None if it has none. Raises UserError if it is no JSON object."""
     path = os.path.join(folder, "manifest.json")
@@ -472,6 +492,7 @@ class Config:
     def __post_init__(self):
         if self.name is None and self.dataset == Config.dataset:
             self.name = "sample-10BT"
+        self.tokenizer = os.path.normpath(self.tokenizer)
         for name in ("shard_size", "max_tokens", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -486,7 +507,12 @@ def not_utf8(path, encoding, place=""):
     plain = unpacked_name(path)
     unpack = "" if plain == str(path) else "unpack and "
     return UserError(f"{path}: {place}not UTF-8; {unpack}convert it: iconv -f {encoding} -t utf-8 {shlex.quote(plain)} "
-                     "> utf8.txt")
+                     f"> utf8{os.path.splitext(plain)[1]}")
+
+
+def likely_encoding(data):
+    """For iconv, of bytes that are not all UTF-8: where other characters are, the bad ones are damage, to be left out."""
+    return "latin1" if data.decode("utf-8", "ignore").isascii() else "utf-8 -c"
 
 
 def check_utf16(head, path):
@@ -504,7 +530,9 @@ def decode_utf8(data, path):
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise not_utf8(path, "latin1", f"byte {error.start} is ") from None
+        if b"\0" in data:
+            raise UserError(f"{path}: not a text, but binary data; give a text file") from None
+        raise not_utf8(path, likely_encoding(data), f"byte {error.start} is ") from None
 
 
 def find_text(record, field, where):
@@ -635,9 +663,11 @@ class LocalFiles:
     def __init__(self, config):
         self.description = f"local files {' '.join(config.files)}"
         found = set()
+        out = os.path.join(os.path.realpath(config.out), "")
         for pattern in config.files:
             if os.path.isdir(pattern):
-                paths = list(filter(kind_of, expand(os.path.join(glob.escape(pattern), "**", "*"))))
+                inside = expand(os.path.join(glob.escape(pattern), "**", "*"))
+                paths = [path for path in inside if kind_of(path) and not os.path.realpath(path).startswith(out)]
             else:
                 paths = [pattern] if os.path.isfile(pattern) else list(filter(os.path.isfile, expand(pattern)))
             if not paths:
@@ -669,7 +699,7 @@ class LocalFiles:
         """How much has been read, counted in bytes on the disk."""
         if self.raw.closed:  # the last one, at its end
             return 1
-        return (sum(self.sizes[:self.file]) + self.raw.tell()) / sum(self.sizes)
+        return (sum(self.sizes[:self.file]) + self.raw.tell()) / max(1, sum(self.sizes))
 
     def open(self, path):
         """The file's bytes, decompressed. pyarrow notices a missing end, and reads files of several frames."""
@@ -698,8 +728,12 @@ class LocalFiles:
                             place = Place(file, row, char)
                             if place >= first:
                                 yield place, None, text
-            except UnicodeDecodeError:
-                raise not_utf8(path, "latin1") from None
+            except UnicodeDecodeError as error:
+                if kind == "parquet":
+                    raise UserError(f"{path}: a text at or after row {row + 1} is not UTF-8; mend it there") from None
+                with self.open(path) as stream:
+                    encoding = likely_encoding(stream.read(1 << 20) + error.object)
+                raise not_utf8(path, encoding) from None
             except (json.JSONDecodeError, RecursionError) as error:  # the latter: too many brackets in one another
                 raise UserError(f"{path}: row {row + 1}: not JSON: {error}") from None
             except (OSError, ValueError) as error:  # pyarrow's are of these
@@ -1008,8 +1042,13 @@ def build(config, context="spawn"):
     settings = {**source.settings, "shard_size": config.shard_size, "max_tokens": config.max_tokens,
                 "tokenizer": config.tokenizer}
     tokenizer = new_tokenizer(config.tokenizer)
+    before = own_manifest(config.out)
     manifest = open_folder(config.out, settings, source.description, tokenizer)
     shards = manifest["shards"]
+    has_copy = config.tokenizer not in ("gpt2", "byte")  # the shards are of no use without it
+    if shards and has_copy and not same_tokenizer(open_shard_tokenizer(config.out), tokenizer):
+        raise UserError(f"{config.out} was made with a tokenizer that was in {config.tokenizer} before; "
+                        "choose another --out, or delete that folder")
     remark = " complete already"
     if not manifest["complete"]:
         writer = ShardWriter(config.out, manifest, tokenizer)
@@ -1018,7 +1057,10 @@ def build(config, context="spawn"):
             expected = min(expected, writer.max_tokens)
             check_disk(config.out, max(0, expected - writer.num_tokens))
         lock = lock_folder(config.out)
-        if config.tokenizer not in ("gpt2", "byte"):  # the shards are of no use without it
+        if own_manifest(config.out) != before:
+            os.close(lock)
+            raise UserError(f"{config.out}: another process has just written into it; try again")
+        if has_copy:
             tokenizer.save_pretrained(os.path.join(config.out, "tokenizer"))
         bar = tqdm.tqdm(desc=f"continuing after {len(shards)} shards" if shards else None, total=expected, unit="tok",
                         unit_scale=True, initial=writer.num_tokens, mininterval=0.1 if sys.stderr.isatty() else 10)
@@ -1071,6 +1113,8 @@ def verify(folder):
 
 def main(argv):
     config = parse_flags(Config, argv, prog="fineweb.py", description=__doc__)
+    if "--files" in argv and not config.files:  # as a shell's empty list of files leaves it
+        raise UserError("--files: no file was given")
     for name in ("dataset", "name", "split", "streaming"):
         if config.files and getattr(config, name) != getattr(Config(), name):
             raise UserError(f"--files reads local files, --{name} belongs to a data set: give one or the other")

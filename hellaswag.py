@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from fineweb import UserError, one_line, parse_flags, run_cli
+from fineweb import UserError, one_line, parse_flags, run_cli, without_lone_surrogates
 
 STYLES = ("completion", "harness")
 
@@ -230,6 +230,8 @@ def reads_packed_rows(model, examples, encode, device):
             middle = len(ending) // 2
             alone = [(context, [ending]), (context, [ending[:middle]]), (context + ending[:middle], [ending[middle:]])]
             whole, *parts = score_rows(model, alone, device)
+            if not torch.isfinite(whole):
+                raise UserError(f"{type(model).__name__}: its loss is {whole.item()}; its weights are damaged")
             if not torch.isclose(whole, sum(parts), rtol=1e-4):
                 raise UserError(f"{type(model).__name__}: not a causal language model; its tokens see those after them")
             packed = [(context, 4 * [ending]), (context, 3 * [ending[::-1]] + [ending])]
@@ -374,13 +376,17 @@ def open_model(name, style):
         for key in ("activation_function", "hidden_act"):  # the same formula, in one kernel instead of eight
             if getattr(config, key, None) == "gelu_new":
                 setattr(config, key, "gelu_pytorch_tanh")
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
+        model, loaded = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32,
+                                                             output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # no network, no such name, a damaged file: too many types to list
         raise UserError(f"--model {name}: Transformers cannot open it ({one_line(error)}); what train_gpt2.py alone "
                         f"reads is scored by: python train_gpt2.py eval --checkpoint {name}") from None
+    if loaded["missing_keys"]:
+        raise UserError(f"--model {name}: its files lack weights, such as {min(loaded['missing_keys'])}")
 
     def encode(text):
+        text = without_lone_surrogates(text)
         ids = tokenizer.encode(text, add_special_tokens=style == "harness", verbose=False)
         num_rows = model.get_input_embeddings().weight.size(0)
         if max(ids, default=0) >= num_rows:  # no earlier: many a tokenizer has a few ids more, which no text here has

@@ -27,6 +27,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -712,13 +713,14 @@ def open_data(path, tokenizer, config):
         if own != tokenizer.name and not fineweb.same_tokenizer(fineweb.open_shard_tokenizer(path), tokenizer):
             raise UserError(f"{path} holds {own} tokens, but the model has its own tokenizer, {tokenizer.name}")
         splits = {split: fineweb.list_shards(path, split) for split in ("train", "val")}
+        fineweb.check_complete(path, splits["train"] + splits["val"])
         for split, shards in splits.items():
             if not shards:
                 raise UserError(f"{path}: no {split} shards (*_{split}_*.npy or .bin); of texts make some: {maker}")
     else:
-        if path.suffix in (".npy", ".bin"):
+        if path.suffix.lower() in (".npy", ".bin"):
             raise UserError(f"{path}: a shard; give the folder that holds it: --data {shlex.quote(str(path.parent))}")
-        if path.suffix in NOT_PLAIN_TEXT:
+        if path.suffix.lower() in NOT_PLAIN_TEXT:
             raise UserError(f"{path}: no plain text; make shards of it by: {maker}")
         tokens = np.array(tokenizer.encode(fineweb.decode_utf8(path.read_bytes(), path)), dtype=np.uint32)
         cut = len(tokens) * 9 // 10
@@ -1194,7 +1196,11 @@ def model_to_train(run, notes):
         run.model.compile_blocks(recompute=not has_room)
     if not run.world.distributed:
         return run.model
-    ddp = nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True)
+    # Without it buckets change after the first step: a resumed run would add up in another order than the whole one.
+    keeps_buckets = run.config.system.deterministic or run.world.device_type == "cpu"
+    warnings.filterwarnings("ignore", "find_unused_parameters")  # there are none
+    ddp = nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True,
+                                              find_unused_parameters=keeps_buckets)
     ddp.broadcast_buffers = False  # rotary tables and masks never change
     return ddp
 

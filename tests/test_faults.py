@@ -256,6 +256,15 @@ def test_resumes_on_another_world_size(one_process, small_shards, tmp_path):
     close(tmp_path / "log", one_process)
 
 
+def test_four_ranks_resume_bit_for_bit(small_shards, tmp_path):
+    """From three ranks on the order of a sum matters; it must not depend on when DDP made its buckets."""
+    flags = [*SMALL, "--batch_size", 1, "--data", small_shards, "--checkpoint_every", 3, "--keep_checkpoints", 0]
+    run_ranks(4, "train_gpt2.py", *flags, "--out_dir", tmp_path / "whole")
+    resume_copy(tmp_path / "whole", 3, tmp_path / "log")
+    run_ranks(4, "train_gpt2.py", "--resume", "--out_dir", tmp_path / "log", "--device", "cpu")
+    assert result(tmp_path / "log")[0] == result(tmp_path / "whole")[0]
+
+
 def test_muon_resumes_and_agrees_between_worlds(small_shards, tmp_path):
     flags = [*SMALL, "--optimizer", "muon", "--rope", "--rmsnorm", "--swiglu", "--qk_norm", "--no_bias", "--data", small_shards,
              "--checkpoint_every", 3, "--keep_checkpoints", 0, "--momentum_warmup_steps", 10]

@@ -280,7 +280,86 @@ def test_other_encodings_are_told_the_command_that_converts_them(name, encoding,
     said = refused("--files", tmp_path / name, "--out", tmp_path / "shards", "--workers", 1)
     plain = tmp_path / name.removesuffix(".gz")
     assert f"{name}: " in said and f"not UTF-8; {'unpack and ' if name.endswith('gz') else ''}convert it: {command}" in said
-    assert said.endswith(f"-t utf-8 {plain} > utf8.txt")
+    assert said.endswith(f"-t utf-8 {plain} > utf8.{plain.suffix[1:]}")
+
+
+@pytest.mark.parametrize("name, kept", [("a.txt", "na\u00efve caf\u00e9s. " * 20), ("a.jsonl", '{"text": "na\u00efve"}\n' * 20)])
+def test_damaged_utf8_is_mended_by_the_command_that_is_printed(name, kept, tmp_path):
+    """What is right in it stays as it is: not read as Latin-1."""
+    damaged = kept.encode().replace(b"na", b"na\xff", 1) if name.endswith(".jsonl") else kept.encode() + b"\xc3"
+    (tmp_path / name).write_bytes(damaged)
+    said = refused("--files", tmp_path / name, "--out", tmp_path / "shards", "--workers", 1)
+    subprocess.run(said.partition("convert it: ")[2], shell=True, cwd=tmp_path)
+    assert (tmp_path / f"utf8.{name[2:]}").read_text() == kept
+
+
+@pytest.mark.parametrize("name", ["a.docx", "a.pdf", "a.txt"])
+def test_binary_data_is_no_text(name, tmp_path):
+    (tmp_path / name).write_bytes(b"PK\x03\x04" + np.random.default_rng(0).bytes(10_000))
+    said = train_refused("train_gpt2.py", "--data", tmp_path / name, *SMALL, "--preset", "tiny", "--out_dir", tmp_path / "log")
+    assert "not a text, but binary data" in said and "iconv" not in said
+
+
+def test_a_text_of_parquet_that_is_not_utf8(tmp_path):
+    column = pa.Array.from_buffers(pa.string(), 2, pa.array([b"good", b"b\xffd"]).buffers())
+    parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    said = refused("--files", tmp_path / "a.parquet", "--out", tmp_path / "shards", "--workers", 1)
+    assert "at or after row 1 is not UTF-8" in said and "iconv" not in said
+
+
+def test_capitals_in_an_ending(tmp_path):
+    (tmp_path / "DATA.JSONL").write_text('{"text": "one"}\n' * 200)
+    said = train_refused("train_gpt2.py", "--data", tmp_path / "DATA.JSONL", *SMALL, "--out_dir", tmp_path / "log")
+    assert "no plain text; make shards" in said
+
+
+def test_no_file_is_not_the_data_set(tmp_path):
+    """A shell's list of files may be empty: that must not start a download."""
+    assert "--files: no file" in refused("--files", "--out", tmp_path / "shards")
+
+
+def test_the_output_inside_the_input(tmp_path):
+    """A folder of texts that holds the shards, too: the same command continues."""
+    (tmp_path / "a.txt").write_text((ROOT / "input.txt").read_text()[:20_000])
+    command = ["--files", ".", "--out", "shards", "--workers", 1, "--shard_size", 1000]
+    run("fineweb.py", *command, cwd=tmp_path)
+    whole = tokens_of(tmp_path / "shards")
+    (tmp_path / "shards/edufineweb_train_000002.npy").unlink()
+    run("fineweb.py", *command, cwd=tmp_path)
+    assert np.array_equal(tokens_of(tmp_path / "shards"), whole)
+
+
+def test_a_folder_that_was_written_while_this_run_started(tmp_path, monkeypatch):
+    """Another build ends between reading the manifest and the lock."""
+    (tmp_path / "a.txt").write_text("one two three\n" * 500)
+    (tmp_path / "b.txt").write_text("four five six\n" * 500)
+    command = ["--out", tmp_path / "shards", "--workers", 1, "--shard_size", 500]
+    honest = fineweb.lock_folder
+
+    def late(folder):
+        monkeypatch.setattr(fineweb, "lock_folder", honest)
+        run("fineweb.py", "--files", tmp_path / "b.txt", *command)
+        return honest(folder)
+    monkeypatch.setattr(fineweb, "lock_folder", late)
+    assert "has just written into it" in refused("--files", tmp_path / "a.txt", *command)
+    run("fineweb.py", "--verify", tmp_path / "shards")
+
+
+def test_files_that_are_all_empty(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(9000):  # more than a task's
+        (tmp_path / f"texts/{i}.txt").touch()
+    out, _ = run("fineweb.py", "--files", tmp_path / "texts", "--out", tmp_path / "shards", "--workers", 1)
+    assert out.startswith("9,000 documents, 9,000 tokens")
+
+
+def test_missing_shards_are_noticed(tmp_path):
+    """A copy that was broken off would train on less without a word."""
+    (tmp_path / "a.txt").write_text((ROOT / "input.txt").read_text()[:40_000])
+    run("fineweb.py", "--files", tmp_path / "a.txt", "--out", tmp_path / "shards", "--workers", 1, "--shard_size", 2000)
+    (tmp_path / "shards/edufineweb_train_000002.npy").unlink()
+    said = train_refused("train_gpt2.py", "--data", tmp_path / "shards", *SMALL, "--out_dir", tmp_path / "log")
+    assert "edufineweb_train_000002.npy is missing" in said
 
 
 @pytest.mark.parametrize("name, data", [("a.json", '[{"text": "one"}]'), ("a.json", '{"text": "one"}\n'),
@@ -396,6 +475,78 @@ def test_shards_of_any_tokenizer(tmp_path):
         shutil.copy(file, tmp_path / "log/step_000008")
     said = train_refused("train_gpt2.py", "eval", "--checkpoint", tmp_path / "log/step_000008", "--data", tmp_path / "shards")
     assert "tok tokens" in said
+
+
+def test_another_tokenizer_under_the_same_name(tmp_path):
+    """Trained again into its folder: the shards of both must not be mixed. A slash after the name changes nothing."""
+    words = ["to", "be", "or", "not"]
+    save_llama2_tokenizer(tmp_path / "tok", words)
+    (tmp_path / "a.txt").write_text("to be or not to be " * 500)
+    command = ["--files", tmp_path / "a.txt", "--out", tmp_path / "shards", "--workers", 1, "--shard_size", 500,
+               "--tokenizer", tmp_path / "tok"]
+    run("fineweb.py", *command)
+    (tmp_path / "shards/edufineweb_train_000002.npy").unlink()
+    run("fineweb.py", *command[:-1], f"{tmp_path}/tok/")
+    before = tokens_of(tmp_path / "shards")
+    save_llama2_tokenizer(tmp_path / "tok", words[::-1])
+    (tmp_path / "shards/edufineweb_train_000002.npy").unlink()
+    assert f"with a tokenizer that was in {tmp_path}/tok before" in refused(*command)
+    save_llama2_tokenizer(tmp_path / "tok", words)
+    run("fineweb.py", *command)
+    assert np.array_equal(tokens_of(tmp_path / "shards"), before)
+
+
+def test_shards_with_their_tokenizer_but_no_manifest(tmp_path):
+    """Their copy's name goes into checkpoints, not GPT-2's."""
+    save_llama2_tokenizer(tmp_path / "tok", ["to", "be", "or", "not"])
+    (tmp_path / "a.txt").write_text("to be or not to be " * 500)
+    run("fineweb.py", "--files", tmp_path / "a.txt", "--out", tmp_path / "shards", "--workers", 1, "--tokenizer", tmp_path / "tok")
+    (tmp_path / "shards/manifest.json").unlink()
+    run("train_gpt2.py", "--preset", "tiny", *SMALL, "--data", tmp_path / "shards", "--checkpoint_every", 6,
+        "--out_dir", tmp_path / "log")
+    out, _ = run("train_gpt2.py", "eval", "--checkpoint", tmp_path / "log/latest")
+    assert f"{log_lines(tmp_path / 'log', 'val')[-1]['bpb']:.4f} bits per byte" in out
+
+
+def trained_tokenizer(kind, folder, text):
+    """A tokenizer that marks words neither by bytes nor by SentencePiece's space. Returns its folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    special = ["<unk>", "</s>"]
+    if kind == "WordPiece":
+        tokenizer, trainer = Tokenizer(models.WordPiece(unk_token="<unk>")), trainers.WordPieceTrainer(special_tokens=special)
+        tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    elif kind == "WordLevel":
+        tokenizer, trainer = Tokenizer(models.WordLevel(unk_token="<unk>")), trainers.WordLevelTrainer(special_tokens=special)
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+        tokenizer.decoder = decoders.BPEDecoder("</w>")
+        trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=special, end_of_word_suffix="</w>")
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.train_from_iterator([text], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "WordLevel", "BPE with </w>"])
+def test_token_bytes_where_spaces_are_between_tokens(kind, tmp_path):
+    """Bits per byte count the text that the tokens stand for, with the spaces that decoding puts between words."""
+    text = " ".join((ROOT / "input.txt").read_text()[:30_000].split())
+    tokenizer = fineweb.get_tokenizer(trained_tokenizer(kind, tmp_path / "tok", text))
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids).strip() == text
+    assert tokenizer.token_bytes()[ids].sum() == pytest.approx(len(text.encode()), rel=0.02)
+
+
+def test_a_text_that_the_tokenizer_has_no_token_for(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(tmp_path / "tok")
+    (tmp_path / "a.txt").write_text("a b " * 100)
+    said = refused("--files", tmp_path / "a.txt", "--out", tmp_path / "shards", "--tokenizer", tmp_path / "tok", "--workers", 1)
+    assert "tok: a text cannot be tokenized" in said
 
 
 def test_manifests_without_a_tokenizer_setting_are_gpt2s(tmp_path):

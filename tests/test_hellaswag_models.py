@@ -143,6 +143,34 @@ def test_a_model_that_sees_what_it_predicts_is_refused(name, tmp_path):
     assert re.search(r"^error: \w+LMHeadModel: not a causal language model", err.splitlines()[-1])
 
 
+@pytest.mark.parametrize("damage, says", [("lacking", "its files lack weights, such as lm_head.weight"),
+                                          ("nan", "LlamaForCausalLM: its loss is nan; its weights are damaged")])
+def test_a_model_of_damaged_weights_is_refused(damage, says, tmp_path):
+    """Transformers fills in what a file lacks at random, and scores of that look like scores."""
+    from safetensors.torch import load_file, save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
+    fineweb.get_tokenizer("byte").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    if damage == "lacking":
+        del weights["lm_head.weight"]
+    else:
+        weights["lm_head.weight"].fill_(torch.nan)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps(example) + "\n" for example in EXAMPLES))
+    _, err = run("hellaswag.py", "--model", tmp_path, "--data", tmp_path / "val.jsonl", "--device", "cpu", expect=2)
+    assert says in err.splitlines()[-1]
+
+
+def test_half_a_surrogate_pair_in_an_example(tmp_path):
+    """Scored as U+FFFD, which stands for it in shards, too."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
+    fineweb.get_tokenizer("byte").save_pretrained(tmp_path)
+    _, encode = hellaswag.open_model(str(tmp_path), "completion")
+    assert encode("a\ud83db") == encode("a\ufffdb")
+
+
 def test_a_tokenizer_with_more_ids_than_the_model(tmp_path):
     """Ids that no text has do no harm: many a tokenizer has some. One that a text has is an error of one line."""
     from transformers import LlamaConfig, LlamaForCausalLM
