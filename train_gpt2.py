@@ -561,7 +561,8 @@ class GPT(nn.Module):
                 if idx.size(1) > self.config.block_size:  # full: keep the last half
                     idx = idx[:, -max(1, self.config.block_size // 2):]
                     cache = self.new_cache()
-                hidden = self.hidden_states(idx[:, cache[0].num_tokens:], cache=cache)
+                with changing_shapes():
+                    hidden = self.hidden_states(idx[:, cache[0].num_tokens:], cache=cache)
                 token = sample_token(self.logits(hidden[:, -1]), temperature, top_k, generator)
                 token = token.masked_fill(done, self.config.eot)
                 yield token
@@ -1311,8 +1312,7 @@ def log_sample(run):
     prompt = "Hello, I'm a language model," if run.tokenizer.name == "gpt2" else "\n"
     flags = SampleFlags(prompt=prompt, max_new_tokens=200)
     generator = torch.Generator(run.world.device).manual_seed(flags.seed)
-    with changing_shapes():
-        text = prompt + "".join(stream_text(run.model, run.tokenizer, flags, generator))
+    text = prompt + "".join(stream_text(run.model, run.tokenizer, flags, generator))
     run.log.write("sample", run.step, text=text)
     if not run.config.system.quiet:
         run.print(f"sample:\n{text.strip()}\n")
@@ -1914,9 +1914,8 @@ def sample(argv):
     generator = torch.Generator(device).manual_seed(flags.seed)
     for i in range(flags.num_samples):
         print("\n---\n" if i else "", flags.prompt.lstrip("\n"), sep="", end="", flush=True)
-        with changing_shapes():
-            for text in stream_text(model, tokenizer, flags, generator):
-                print(text, end="", flush=True)
+        for text in stream_text(model, tokenizer, flags, generator):
+            print(text, end="", flush=True)
         print()
 
 
