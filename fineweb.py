@@ -62,6 +62,18 @@ def one_line(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+@contextlib.contextmanager
+def explaining(problem, remedy="", but=()):
+    """Makes an error inside, unless it is of the kinds `but`, a UserError: the problem, its cause, the remedy."""
+    try:
+        yield
+    except but:
+        raise
+    except Exception as error:  # libraries raise nearly every kind
+        ending = f"; {remedy}" if remedy else ""
+        raise UserError(f"{problem} ({one_line(error)}){ending}") from None
+
+
 def run_cli(main):
     """Runs main(argv) as the program: a UserError becomes one line on stderr and its exit code, Ctrl-C gives 130."""
     for stream in (sys.stdout, sys.stderr):
@@ -241,10 +253,8 @@ class FolderTokenizer:
     def __init__(self, folder):
         from transformers import AutoTokenizer
         self.name = str(folder)
-        try:
+        with explaining(f"{self.name}: no Transformers tokenizer opens"):
             self.tokenizer = AutoTokenizer.from_pretrained(self.name, local_files_only=True)
-        except Exception as error:  # what tokenizers raises for a damaged file
-            raise UserError(f"{self.name}: no Transformers tokenizer opens ({one_line(error)})") from None
         if not self.tokenizer.is_fast:
             raise UserError(f"{self.name}: a tokenizer written in Python; only those of a tokenizer.json will do")
         self.eot = self.tokenizer.eos_token_id
@@ -387,10 +397,8 @@ def read_shard(path):
         raise UserError(f"{path}: no such shard")
     if str(path).endswith(".bin"):
         return read_bin(path)
-    try:
+    with explaining(f"{path}: truncated, or not a .npy file", remedy):
         tokens = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path}: truncated, or not a .npy file ({one_line(error)}); {remedy}") from None
     if tokens.dtype != np.dtype("<u2") or tokens.ndim != 1:
         raise UserError(f"{path}: holds {tokens.ndim}-D {tokens.dtype}, a shard is 1-D uint16; {remedy}")
     return tokens

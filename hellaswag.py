@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from fineweb import UserError, one_line, parse_flags, run_cli
+from fineweb import UserError, explaining, one_line, parse_flags, run_cli
 
 STYLES = ("completion", "harness")
 
@@ -68,12 +68,10 @@ def read_examples(path):
 def download():
     import datasets
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # warnings of its retries would tear a progress bar
-    try:
+    remedy = ("give a local file, made where there is a network by: python -c \"import datasets; datasets.load_dataset("
+              "'Rowan/hellaswag', split='validation').to_json('hellaswag_val.jsonl')\"")
+    with explaining("HellaSwag was not downloaded", remedy):
         return map(check_example, datasets.load_dataset("Rowan/hellaswag", split="validation"))
-    except Exception as error:  # no network, no hub, no space left: too many types to list
-        raise UserError(f"HellaSwag was not downloaded ({one_line(error)}); give a local file, made where there is a "
-                        "network by: python -c \"import datasets; datasets.load_dataset('Rowan/hellaswag', "
-                        "split='validation').to_json('hellaswag_val.jsonl')\"") from error
 
 
 def load_examples(path=None, limit=0):
@@ -368,7 +366,8 @@ def open_model(name, style):
     if os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json")):
         raise UserError(f"{name}: no config.json in this folder; --model takes a model folder or a Hugging Face name")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    try:
+    with explaining(f"--model {name}: Transformers cannot open it", "what train_gpt2.py alone reads is scored by: "
+                    f"python train_gpt2.py eval --checkpoint {name}"):
         config = AutoConfig.from_pretrained(name)
         config.use_cache = False  # nothing is generated
         for key in ("activation_function", "hidden_act"):  # the same formula, in one kernel instead of eight
@@ -376,9 +375,6 @@ def open_model(name, style):
                 setattr(config, key, "gelu_pytorch_tanh")
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # no network, no such name, a damaged file: too many types to list
-        raise UserError(f"--model {name}: Transformers cannot open it ({one_line(error)}); what train_gpt2.py alone "
-                        f"reads is scored by: python train_gpt2.py eval --checkpoint {name}") from None
 
     def encode(text):
         ids = tokenizer.encode(text, add_special_tokens=style == "harness", verbose=False)

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import fineweb
 import hellaswag
-from fineweb import UserError, one_line
+from fineweb import UserError, explaining, one_line
 
 HERE = Path(__file__).resolve().parent
 STARTED = time.time()
@@ -1415,18 +1415,17 @@ def fsync_all(folder):
         os.close(handle)
 
 
+NOT_DAMAGE = (OSError, MemoryError)  # a file that cannot be read now
+
+
 def load_state(folder, mmap=False):
     """A checkpoint's train_state.pt (see `Run.state_dict`) and its config. Raises UserError."""
     path = Path(folder) / "train_state.pt"
     if not path.exists():
         raise UserError(f"{path}: not there, so this is no checkpoint; a model alone is fine-tuned by --init_from")
-    try:
+    with explaining(f"{path}: damaged, or of another version of this script", but=NOT_DAMAGE):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         return state, TrainConfig(model=GPTConfig()).update(state["config"])
-    except (OSError, MemoryError):  # what cannot be read now is not damaged
-        raise
-    except Exception as error:  # zip, pickle and key errors
-        raise UserError(f"{path}: damaged, or of another version of this script ({one_line(error)})") from None
 
 
 def load_checkpoint(folder):
@@ -1483,11 +1482,9 @@ class RunLog:
             return
         if system.wandb:
             import wandb
-            try:
+            with explaining(f"--wandb {system.wandb}: Weights & Biases does not start",
+                            "run `wandb login` first, or set WANDB_MODE=offline"):
                 self.wandb = wandb.init(project=system.wandb, id=run.run_id, resume="allow", config=about, dir=out_dir)
-            except Exception as error:  # no key, no terminal to ask for one, no network
-                raise UserError(f"--wandb {system.wandb}: Weights & Biases does not start ({one_line(error)}); run "
-                                "`wandb login` first, or set WANDB_MODE=offline") from None
             self.wandb.define_metric("*", step_metric="step")  # not by its own count of calls
         if system.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -1741,21 +1738,16 @@ def model_folder(name_or_folder):
     if name_or_folder.exists():
         raise UserError(f"{name_or_folder}: no model is here (a model folder holds config.json and model.safetensors)")
     from huggingface_hub import snapshot_download
-    try:
-        files = ["*.json", "model*.safetensors", "merges.txt"]
+    files = ["*.json", "model*.safetensors", "merges.txt"]
+    with explaining(f"{name_or_folder}: no such folder, and the Hugging Face hub gave no such model"):
         return Path(snapshot_download(str(name_or_folder), allow_patterns=files))
-    except Exception as error:  # the hub's many: no network, no such name, gated, ...
-        raise UserError(f"{name_or_folder}: no such folder, and the Hugging Face hub gave no such model "
-                        f"({one_line(error)})") from None
 
 
 def read_model_config(folder):
     """The GPTConfig of a model folder and its model_type. Raises UserError naming what our model does not have."""
     path = folder / "config.json"
-    try:
+    with explaining(f"{path}: not JSON", but=OSError):
         hf = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
     model_type = hf.get("model_type")
     if model_type not in FORMATS:
         raise UserError(f"{path}: model_type {model_type!r} is not supported (only gpt2, llama, mistral, qwen3)")
@@ -1810,12 +1802,8 @@ def load_model_weights(model, folder, model_type):
         raise UserError(f"{folder}: no model.safetensors; open the model in Transformers and save it again")
     stored = {}
     for file in files:
-        try:
+        with explaining(f"{file}: not a whole safetensors file", "take another copy", but=NOT_DAMAGE):
             stored |= load_file(file)
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:
-            raise UserError(f"{file}: not a whole safetensors file ({one_line(error)}); take another copy") from None
     for name, tensor in hf_tensors(model, model_type):
         name = name if name in stored else name.removeprefix("transformer.")  # as OpenAI's file on the hub has it
         if name not in stored:
@@ -1984,10 +1972,8 @@ def plot(argv):
         axis.set(xlabel=flags.x, ylabel=label)
         axis.grid(alpha=0.3)
         axis.legend()
-    try:
+    with explaining(f"--output {flags.output}: cannot be written"):
         figure.savefig(flags.output, dpi=150)
-    except (OSError, ValueError) as error:  # no such folder, no such kind of picture
-        raise UserError(f"--output {flags.output}: {one_line(error)}") from None
     print(f"wrote {flags.output}")
 
 
