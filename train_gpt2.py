@@ -805,15 +805,14 @@ class Run:
         config, given = read_flags(argv)
         check_restarts(config.setup.resume)
         notes = []
-        checkpoint = open_checkpoint(config.setup, world)
-        earlier_config = checkpoint.config if checkpoint else config_to_start_again(config.setup, world, notes)
-        if earlier_config:
-            config = resumed_config(config, given, earlier_config, checkpoint, notes)
+        earlier = open_earlier_run(config.setup, world, notes)
+        state = earlier.state
+        if earlier.config:
+            config = resumed_config(config, given, earlier, notes)
         else:
             complete_config(config, given, notes)
         check_out_dir(config.setup.out_dir)
-        model, tokenizer = (checkpoint.model, checkpoint.tokenizer) if checkpoint else new_model(config)
-        state = checkpoint.state if checkpoint else {}
+        model, tokenizer = (earlier.model, earlier.tokenizer) if state else new_model(config)
         setup, recipe, system = config.setup, config.recipe, config.system
         world.use_device(system.device, system.deterministic)
 
@@ -843,12 +842,12 @@ class Run:
         self.ddp = model_to_train(self, notes)
         self.optimizers = make_optimizers(model, recipe, world.device_type)
         self.scaler = torch.amp.GradScaler(world.device_type, enabled=self.dtype == torch.float16)
-        if checkpoint:
+        if state:
             for optimizer, saved in zip(self.optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
             if state["scaler"]:  # else it was not in float16
                 self.scaler.load_state_dict(state["scaler"])
-            notes.append(f"resumed from {checkpoint.folder} at step {self.step}")
+            notes.append(f"resumed from {earlier.folder} at step {self.step}")
         first_window = self.step * recipe.total_batch_size // model.config.block_size
         self.batches = training_batches(self.train_data, first_window, self.batch_size, world, recipe.seed)
         self.log = RunLog(self)
@@ -856,7 +855,7 @@ class Run:
         if config.evaluation.hellaswag_every:
             self.hellaswag_examples = load_hellaswag(config.evaluation.hellaswag_data, world)
         print_summary(self, notes)
-        if checkpoint and checkpoint.folder.resolve().parent != Path(setup.out_dir).resolve():
+        if state and earlier.folder.resolve().parent != Path(setup.out_dir).resolve():
             self.saved_step = None  # another run's: from here on, what out_dir holds must be enough to resume
             self.save()
         self.stop = StopRequest()  # of this rank
@@ -1037,15 +1036,15 @@ def read_flags(argv):
     return config, given
 
 
-def resumed_config(config, given, own, checkpoint, notes):
-    """`own`, the config of a run that goes on, with the flags of `config` that were given and may change."""
+def resumed_config(config, given, earlier, notes):
+    """The config of a run that goes on, with the flags of `config` that were given and may change."""
+    own, step = earlier.config, earlier.state.get("step", 0)
     values, own_values = config.flat(), own.flat()
     for name in given - MAY_CHANGE - {"out_dir", "resume", "resume_from"}:
         new, old = values[name], own_values[name]
         if new != old:
             raise UserError(f"--{name} {new}: the run in {own.setup.out_dir} has {old}, and a resumed run cannot "
                             f"change it; leave the flag out, or start a new run with another --out_dir")
-    step = checkpoint.state["step"] if checkpoint else 0
     last_lr = learning_rate(step - 1, own.schedule) if step else math.inf
     changes = {name: values[name] for name in given & MAY_CHANGE}
     own.update({"batch_size": "auto", **changes, "out_dir": config.setup.out_dir})
@@ -1056,18 +1055,6 @@ def resumed_config(config, given, own, checkpoint, notes):
         notes.append(f"the learning rate jumps from {last_lr:.1e} back to {lr:.1e}, for the run had decayed already: "
                      "--resume_from a checkpoint before its decay wastes less")
     return own
-
-
-def config_to_start_again(setup, world, notes):
-    """Without a good checkpoint: the config of a run that left only a log in out_dir, and now begins anew."""
-    path = Path(setup.out_dir, "log.jsonl")
-    log = world.from_rank_0(read_log(path) if path.exists() else [])
-    if log:
-        notes.append(f"no good checkpoint in {setup.out_dir}: its run begins anew, its log so far is {path.name}.old")
-        return TrainConfig(model=GPTConfig()).update(log[0], keep=("kind", "run_id"))
-    if setup.resume:
-        notes.append(f"nothing to resume in {setup.out_dir}: a new run")
-    return None
 
 
 def complete_config(config, given, notes):
@@ -1459,11 +1446,21 @@ def choose_checkpoint(setup, world):
     return checkpoint
 
 
-def open_checkpoint(setup, world):
-    """The checkpoint that rank 0 chooses, on every rank; None to begin a run."""
+def open_earlier_run(setup, world, notes):
+    """What to go on from, on every rank: the checkpoint that rank 0 chooses. Without one its state is empty, its config
+    None, or that of a run which left only a log in out_dir and now begins anew."""
     checkpoint = choose_checkpoint(setup, world) if world.rank == 0 else None
     folder = world.from_rank_0(checkpoint and checkpoint.folder)
-    return checkpoint or (folder and load_checkpoint(folder))
+    if folder:
+        return checkpoint or load_checkpoint(folder)
+    path, config = Path(setup.out_dir, "log.jsonl"), None
+    log = world.from_rank_0(read_log(path) if path.exists() else [])
+    if log:
+        notes.append(f"no good checkpoint in {setup.out_dir}: its run begins anew, its log so far is {path.name}.old")
+        config = TrainConfig(model=GPTConfig()).update(log[0], keep=("kind", "run_id"))
+    elif setup.resume:
+        notes.append(f"nothing to resume in {setup.out_dir}: a new run")
+    return SimpleNamespace(state={}, config=config)
 
 
 class RunLog:
