@@ -1475,6 +1475,7 @@ class RunLog:
         lines = [line for line in lines if line.get("step", 0) < run.step + (line["kind"] == "train")] or [about]
         self.vals = [line for line in lines if line["kind"] == "val"]
         self.file = self.wandb = self.tensorboard = None
+        self.opened = contextlib.ExitStack()
         if run.world.rank > 0:
             return
         if system.wandb:
@@ -1482,16 +1483,17 @@ class RunLog:
             with explaining(f"--wandb {system.wandb}: Weights & Biases does not start",
                             "run `wandb login` first, or set WANDB_MODE=offline"):
                 self.wandb = wandb.init(project=system.wandb, id=run.run_id, resume="allow", config=about, dir=out_dir)
+            self.opened.callback(self.wandb.finish)
             self.wandb.define_metric("*", step_metric="step")  # not by its own count of calls
         if system.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            self.tensorboard = SummaryWriter(out_dir, purge_step=run.step + 1)
+            self.tensorboard = self.opened.enter_context(SummaryWriter(out_dir, purge_step=run.step + 1))
         run.world.lock = fineweb.lock_folder(out_dir)
         if run.step == 0 and self.path.exists():
             self.path.replace(f"{self.path}.old")
         with fineweb.replacing(self.path) as f:
             f.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-        self.file = open(self.path, "a")
+        self.file = self.opened.enter_context(open(self.path, "a", buffering=1))
 
     def write(self, kind, step, **values):
         for name, value in values.items():
@@ -1503,7 +1505,6 @@ class RunLog:
             return
         try:
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-            self.file.flush()
         except OSError as error:
             raise RunFailed(f"{self.path}: {error.strerror}; free some space, then add --resume") from None
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
@@ -1519,12 +1520,7 @@ class RunLog:
         return min(found, default=math.inf)
 
     def close(self):
-        if self.file:
-            self.file.close()
-        if self.wandb:
-            self.wandb.finish()
-        if self.tensorboard:
-            self.tensorboard.close()
+        self.opened.close()
 
 
 def read_log(path):
