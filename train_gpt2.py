@@ -586,7 +586,7 @@ class GPT(nn.Module):
         model = cls(replace(config, **{name: value for name, value in overrides.items() if value is not None}))
         if model.config.block_size > config.block_size:
             raise UserError(f"--block_size {model.config.block_size}: {name_or_folder} has {config.block_size} at most")
-        load_model_weights(model, folder, model_type)
+        load_weights_and_extras(model, folder, model_type)
         return model
 
     def save_pretrained(self, folder, tokenizer=None):
@@ -1419,7 +1419,7 @@ def load_checkpoint(folder):
     """Its folder, state, config, model and tokenizer. Raises UserError naming what is damaged."""
     state, config = load_state(folder)
     model = GPT(config.model)
-    load_model_weights(model, folder, model_type_of(config.model))
+    load_weights_and_extras(model, folder, model_type_of(config.model))
     name = config.setup.tokenizer
     tokenizer = fineweb.get_tokenizer(name if name in ("gpt2", "byte") else str(folder))
     tokenizer.name = name
@@ -1775,8 +1775,10 @@ def hf_tensors(model, model_type):
                 yield f"{prefix}{hf_module}.{kind}", part
 
 
-def keep_special_tokens(model, folder):
-    """Notes for `save_pretrained` what belongs to a Transformers model but not to GPTConfig."""
+def load_weights_and_extras(model, folder, model_type):
+    """Fills the model from the folder's safetensors, and notes for `save_pretrained` what GPTConfig does not hold.
+    Raises UserError for weights that are missing, misshapen or left over."""
+    from safetensors.torch import load_file
     hf = json.loads((folder / "config.json").read_text())
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     model.hf_extras["config.json"] = {name: hf[name] for name in names if hf.get(name) is not None}
@@ -1785,11 +1787,6 @@ def keep_special_tokens(model, folder):
     path = folder / "generation_config.json"
     if path.exists():
         model.hf_extras[path.name] = json.loads(path.read_text())
-
-
-def load_model_weights(model, folder, model_type):
-    """Fills the model from the folder's safetensors. Raises UserError for what is missing, misshapen or left over."""
-    from safetensors.torch import load_file
     files = sorted(folder.glob("model*.safetensors"))  # Mistral's repositories hold the same under another name too
     if not files:
         raise UserError(f"{folder}: no model.safetensors; open the model in Transformers and save it again")
@@ -1807,7 +1804,6 @@ def load_model_weights(model, folder, model_type):
         if value.shape != tensor.shape:
             raise UserError(f"{folder}: {name} has shape {list(value.shape)}, by config.json {list(tensor.shape)}")
         tensor.copy_(value)
-    keep_special_tokens(model, folder)
     for name in stored:
         is_derived = name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))  # in old files
         if not is_derived and not (model.config.tied and name == "lm_head.weight"):
