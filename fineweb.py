@@ -42,6 +42,11 @@ class UserError(Exception):
     """Something the user can put right. The message is the one line that they see."""
     exit_code = 2
 
+
+class RunFailed(UserError):
+    """What began and could not go on."""
+    exit_code = 1
+
 # -----------------------------------------------------------------------------
 # command lines (also of train_gpt2.py and hellaswag.py)
 
@@ -63,7 +68,7 @@ def one_line(error):
 
 
 @contextlib.contextmanager
-def explaining(problem, remedy="", but=()):
+def explaining(problem, remedy="", but=(), kind=UserError):
     """Makes an error inside, unless it is of the kinds `but`, a UserError: the problem, its cause, the remedy."""
     try:
         yield
@@ -71,7 +76,7 @@ def explaining(problem, remedy="", but=()):
         raise
     except Exception as error:  # libraries raise nearly every kind
         ending = f"; {remedy}" if remedy else ""
-        raise UserError(f"{problem} ({one_line(error)}){ending}") from None
+        raise kind(f"{problem} ({one_line(error)}){ending}") from None
 
 
 def run_cli(main):

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import fineweb
 import hellaswag
-from fineweb import UserError, explaining, one_line
+from fineweb import RunFailed, UserError, explaining, one_line
 
 HERE = Path(__file__).resolve().parent
 STARTED = time.time()
@@ -1534,11 +1534,6 @@ def read_log(path):
 
 # -----------------------------------------------------------------------------
 # processes and chips
-
-class RunFailed(UserError):
-    """A run that began and could not go on."""
-    exit_code = 1
-
 
 class World:
     """The processes of the run, as torchrun started them; alone without it."""
