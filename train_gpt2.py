@@ -483,8 +483,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """As GPT-2: standard deviation 0.02; 0.02 / sqrt(2 n_layer) for the projections onto the residual stream,
-        which are those named c_proj."""
+        """As GPT-2: std 0.02, and 0.02 / sqrt(2 n_layer) for c_proj, the projections onto the residual stream."""
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 p.normal_(std=0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer))
@@ -540,8 +539,7 @@ class GPT(nn.Module):
 
     def compile_blocks(self, recompute=True):
         """Compiles the blocks and the loss; not the embedding, whose compiled gradient on a CPU sums in no fixed order.
-        recompute: norms and GELUs are made again in the backward pass, not kept. Sets two of the compiler's global
-        switches."""
+        recompute: norms and GELUs are made again in the backward pass. Sets two global switches of the compiler."""
         torch._dynamo.config.optimize_ddp = False  # a block is a graph already; DDP's buckets would cut it again
         torch._functorch.config.ban_recompute_materialized_backward = not recompute
         for block in self.h:
@@ -599,8 +597,6 @@ class GPT(nn.Module):
             name = "GPT2LMHeadModel" if model_type == "gpt2" else f"{model_type.capitalize()}ForCausalLM"
             about |= {"architectures": [name], "bos_token_id": self.config.eot, "dtype": "float32"}
             about |= self.hf_extras.get("config.json", {})
-        if model_type == "gpt2":  # GPT-2 has three rates, we have one
-            about |= {"embd_pdrop": self.config.dropout, "attn_pdrop": self.config.dropout}
         if tokenizer is not None:
             about["tokenizer"] = tokenizer.name
             tokenizer.save_pretrained(folder)
@@ -702,8 +698,7 @@ NOT_PLAIN_TEXT = (".gz", ".zst", ".parquet", ".json", ".jsonl", ".ndjson", ".csv
 
 
 def open_data(path, tokenizer, config):
-    """The training and the validation corpus of a folder of shards or a text file, for a model of this GPTConfig.
-    Raises UserError."""
+    """The training and validation corpus of a folder of shards or a text file, for a GPTConfig. Raises UserError."""
     path = Path(path)
     name = path.name.split(".")[0]
     maker = shlex.join(["python", "fineweb.py", "--files", str(path), "--out", f"{name}_tokens"])
@@ -851,9 +846,8 @@ class Run:
         first_window = self.step * recipe.total_batch_size // model.config.block_size
         self.batches = training_batches(self.train_data, first_window, self.batch_size, world, recipe.seed)
         self.log = RunLog(self)
-        self.hellaswag_examples = None
-        if config.evaluation.hellaswag_every:
-            self.hellaswag_examples = load_hellaswag(config.evaluation.hellaswag_data, world)
+        evaluation = config.evaluation
+        self.hellaswag_examples = evaluation.hellaswag_every and load_hellaswag(evaluation.hellaswag_data, world)
         print_summary(self, notes)
         if state and earlier.folder.resolve().parent != Path(setup.out_dir).resolve():
             self.saved_step = None  # another run's: from here on, what out_dir holds must be enough to resume
@@ -1215,9 +1209,8 @@ def print_summary(run, notes):
 
 @torch.no_grad()
 def validate(model, corpus, tokens, batch_size, world, dtype, token_bytes):
-    """Mean loss in nats over the first `tokens` tokens of the corpus, rounded up to windows, and the same in bits per
-    byte of the text that they stand for, by `token_bytes` (see fineweb.get_tokenizer). For any batch_size and world
-    size: ranks take turns, and short batches are filled with ignored rows."""
+    """Mean loss in nats over the first `tokens` tokens of the corpus, rounded up to windows, and in bits per byte of
+    their text, for any batch_size and world size: ranks take turns, and short batches are filled with ignored rows."""
     num_windows = min(corpus.num_windows, math.ceil(tokens / corpus.block_size))
     mine = [corpus.find(i, np.arange(len(corpus.shards))) for i in range(world.rank, num_windows, world.size)]
     model.eval()
@@ -1687,7 +1680,8 @@ def to_hf_config(config, model_type):
     hf = {hf_name: getattr(config, name) for name, hf_name in FORMATS[model_type][1].items()}
     if model_type == "gpt2":
         hf |= {"activation_function": "gelu_new", "scale_attn_weights": True, "add_cross_attention": False,
-               "scale_attn_by_inverse_layer_idx": False, "n_ctx": config.block_size}  # n_ctx is for llama.cpp
+               "scale_attn_by_inverse_layer_idx": False, "n_ctx": config.block_size,  # n_ctx is for llama.cpp
+               "embd_pdrop": config.dropout, "attn_pdrop": config.dropout}  # GPT-2 has three rates, we have one
     elif model_type != OWN_TYPE:
         hf |= {"hidden_act": "silu", "attention_bias": config.bias,
                "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
@@ -1711,7 +1705,7 @@ def from_hf_config(hf, model_type, path="config.json"):
     if isinstance(values["eot"], list):
         values["eot"] = values["eot"][0]
     config = GPTConfig(**values)
-    may_differ = ("rope_theta", "n_inner", "n_ctx", "eos_token_id", "max_window_layers")  # read or derived above
+    may_differ = ("rope_theta", "n_inner", "n_ctx", "eos_token_id", "max_window_layers", "embd_pdrop", "attn_pdrop")
     for name, value in to_hf_config(config, model_type).items():
         if name not in may_differ and hf.get(name, value) not in (value, "gelu_pytorch_tanh"):  # gelu_new's other name
             raise UserError(f"{path}: {name} = {hf[name]!r} is not supported (only {value!r})")
