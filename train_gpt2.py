@@ -1013,10 +1013,8 @@ def check_out_dir(out_dir):
     path = Path(out_dir).absolute()
     while not path.exists():
         path = path.parent
-    try:
+    with explaining(f"--out_dir {out_dir}: cannot be written", "choose another"):
         tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UserError(f"--out_dir {out_dir}: cannot be written ({error.strerror}); choose another") from None
 
 
 def read_flags(argv):
@@ -1496,10 +1494,8 @@ class RunLog:
             self.vals.append({"step": step, **values})
         if self.file is None:
             return
-        try:
+        with explaining(f"{self.path}: cannot be written", "free some space, then add --resume", kind=RunFailed):
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        except OSError as error:
-            raise RunFailed(f"{self.path}: {error.strerror}; free some space, then add --resume") from None
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
         if self.wandb:
             self.wandb.log({"step": step, **numbers})
