@@ -1105,8 +1105,7 @@ def choose_dtype(name, model_config, world, previous=None):
     if name == "auto" and previous and previous[0] == world.device_type:
         name = previous[1]
     matmul = (256, model_config.n_embd, model_config.n_hidden)
-    is_first = world.rank == 0
-    return world.from_rank_0(is_first and hellaswag.pick_dtype(name, world.device_type, matmul, torch.float16))
+    return world.from_rank_0(world.rank == 0 and hellaswag.pick_dtype(name, world.device_type, matmul, torch.float16))
 
 
 def split_batch(run, previous):
@@ -1187,7 +1186,6 @@ def print_summary(run, notes):
     minutes = run.config.schedule.max_minutes
     lengths = [f"{minutes:g} minutes of training"] if minutes else []
     lengths += [f"{steps:,} steps, {steps * tokens / train:.2f} times through the data"] if steps < NO_LIMIT else []
-    length = " or ".join(lengths)
     is_new = setup.init_from == "scratch"
     name = setup.preset if is_new else f"{setup.init_from}, fine-tuned by the recipe of {setup.preset}"
     if model_type_of(run.model.config) == OWN_TYPE:
@@ -1198,7 +1196,7 @@ def print_summary(run, notes):
         f"device  {world.size} x {world.device_type}, {str(run.dtype)[6:]}, {compiled} (--device, --dtype, --compile)",
         f"batch   {tokens:,} tokens a step = {world.size} device(s) x {run.micro_steps} micro-step(s) x "
         f"{run.batch_size} sequence(s) x {T} tokens (--total_batch_size, --batch_size)",
-        f"run     {length}, logged and saved in {setup.out_dir}/ (--max_steps, --max_minutes, --out_dir)",
+        f"run     {' or '.join(lengths)}, logged and saved in {setup.out_dir}/ (--max_steps, --max_minutes, --out_dir)",
     ]
     world.print("\n".join(lines + [f"note    {note}" for note in notes]))
 
