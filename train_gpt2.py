@@ -1492,8 +1492,9 @@ class RunLog:
             self.vals.append({"step": step, **values})
         if self.file is None:
             return
+        line = json.dumps({"kind": kind, "step": step, **values})
         with explaining(f"{self.path}: cannot be written", "free some space, then add --resume", kind=RunFailed):
-            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self.file.write(line + "\n")
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
         if self.wandb:
             self.wandb.log({"step": step, **numbers})
