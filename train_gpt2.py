@@ -299,8 +299,7 @@ class WindowAttention(nn.Module):
 
 
 def in_pairs(x, N):
-    """(B, heads, T, head_dim) -> (B * (T/N - 1), heads, 2N, head_dim): each block of N tokens after the first, preceded
-    by the one before it."""
+    """(B, heads, T, head_dim) -> (B * (T/N - 1), heads, 2N, head_dim): blocks of N, each after the one before it."""
     if x.device.type == "cpu":  # a view, where it can be one; its gradient takes atomics on a GPU
         return x.unfold(2, 2 * N, N).permute(0, 2, 1, 4, 3).flatten(0, 1)
     blocks = x.unflatten(2, (-1, N)).transpose(1, 2)  # (B, T/N, heads, N, head_dim)
@@ -431,13 +430,11 @@ def chunk_of_loss(x, head, target, vocab_size, needs_grad):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The head's matmul and the sum of the cross-entropies. The logits exist for one chunk of tokens at a time, since
-    their gradient is taken at once."""
+    """The head's matmul and the sum of the cross-entropies; logits and their gradient exist for one chunk at a time."""
 
     @staticmethod
     def forward(ctx, chunk_of_loss, hidden, weight, targets, vocab_size, num_chunks, needs_grad):
-        """hidden: (N, C); weight: (padded_vocab_size, C); targets: (N,). needs_grad: since gradient mode is always
-        off in here. Returns a scalar in nats."""
+        """hidden (N, C), weight (padded_vocab_size, C), targets (N,) -> nats. needs_grad: in here it is always off."""
         dtype = compute_dtype(hidden)
         hidden, head = hidden.to(dtype), weight.to(dtype)
         loss = torch.zeros((), device=hidden.device)
@@ -1100,8 +1097,7 @@ def find_data(path):
 
 
 def choose_dtype(name, model_config, world, previous=None):
-    """The dtype of --dtype `name`, and why. auto: what the run had on this kind of device (`previous`), else rank 0's
-    choice, for all ranks."""
+    """The dtype of --dtype `name`, and why. auto: `previous`, the run's on such a device, or rank 0's choice."""
     if name == "auto" and previous and previous[0] == world.device_type:
         name = previous[1]
     matmul = (256, model_config.n_embd, model_config.n_hidden)
