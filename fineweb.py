@@ -42,6 +42,11 @@ class UserError(Exception):
     """Something the user can put right. The message is the one line that they see."""
     exit_code = 2
 
+
+class RunFailed(UserError):
+    """What began and could not go on."""
+    exit_code = 1
+
 # -----------------------------------------------------------------------------
 # command lines (also of train_gpt2.py and hellaswag.py)
 
@@ -60,6 +65,18 @@ def parse_flags(config_class, argv, prog, description):
 def one_line(error):
     """The text of an error, for a message of one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextlib.contextmanager
+def explaining(problem, remedy="", but=(), kind=UserError):
+    """Makes an error inside, unless it is of the kinds `but`, a UserError: the problem, its cause, the remedy."""
+    try:
+        yield
+    except but:
+        raise
+    except Exception as error:  # libraries raise nearly every kind
+        ending = f"; {remedy}" if remedy else ""
+        raise kind(f"{problem} ({one_line(error)}){ending}") from None
 
 
 def run_cli(main):
@@ -241,10 +258,8 @@ class FolderTokenizer:
     def __init__(self, folder):
         from transformers import AutoTokenizer
         self.name = str(folder)
-        try:
+        with explaining(f"{self.name}: no Transformers tokenizer opens"):
             self.tokenizer = AutoTokenizer.from_pretrained(self.name, local_files_only=True)
-        except Exception as error:  # what tokenizers raises for a damaged file
-            raise UserError(f"{self.name}: no Transformers tokenizer opens ({one_line(error)})") from None
         if not self.tokenizer.is_fast:
             raise UserError(f"{self.name}: a tokenizer written in Python; only those of a tokenizer.json will do")
         self.eot = self.tokenizer.eos_token_id
@@ -397,10 +412,8 @@ def read_shard(path):
         raise UserError(f"{path}: no such shard")
     if str(path).endswith(".bin"):
         return read_bin(path)
-    try:
+    with explaining(f"{path}: truncated, or not a .npy file", remedy):
         tokens = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path}: truncated, or not a .npy file ({one_line(error)}); {remedy}") from None
     if tokens.dtype != np.dtype("<u2") or tokens.ndim != 1:
         raise UserError(f"{path}: holds {tokens.ndim}-D {tokens.dtype}, a shard is 1-D uint16; {remedy}")
     return tokens
@@ -754,11 +767,9 @@ class HubDataset:
     @functools.cached_property
     def data(self):
         import datasets
-        try:
+        with explaining(f"{self.description}: cannot be opened"):
             data = datasets.load_dataset(self.config.dataset, self.config.name, split=self.config.split,
                                          streaming=self.config.streaming)
-        except Exception as error:  # it raises nearly every kind
-            raise UserError(f"{self.description}: cannot be opened: {one_line(error)}") from None
         for name in (self.field, self.field.split(".")[0]):
             if name in (data.column_names or ()):  # some data sets do not tell before the first row
                 return data.select_columns([name]).with_format("arrow")

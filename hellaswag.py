@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from fineweb import UserError, one_line, parse_flags, run_cli, without_lone_surrogates
+from fineweb import RunFailed, UserError, explaining, parse_flags, run_cli, without_lone_surrogates
 
 STYLES = ("completion", "harness")
 
@@ -68,17 +68,14 @@ def read_examples(path):
 def download():
     import datasets
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # warnings of its retries would tear a progress bar
-    try:
+    remedy = ("give a local file, made where there is a network by: python -c \"import datasets; datasets.load_dataset("
+              "'Rowan/hellaswag', split='validation').to_json('hellaswag_val.jsonl')\"")
+    with explaining("HellaSwag was not downloaded", remedy):
         return map(check_example, datasets.load_dataset("Rowan/hellaswag", split="validation"))
-    except Exception as error:  # no network, no hub, no space left: too many types to list
-        raise UserError(f"HellaSwag was not downloaded ({one_line(error)}); give a local file, made where there is a "
-                        "network by: python -c \"import datasets; datasets.load_dataset('Rowan/hellaswag', "
-                        "split='validation').to_json('hellaswag_val.jsonl')\"") from error
 
 
 def load_examples(path=None, limit=0):
-    """The first `limit` examples (0: all) of a .jsonl file with its authors' fields; without one, of the validation
-    split (10,042 examples). Raises UserError that names the file and the line."""
+    """The first `limit` examples (0: all) of a .jsonl file, or of the validation split (10,042). Raises UserError."""
     examples = list(islice(read_examples(path) if path else download(), limit or None))
     if not examples:
         raise UserError(f"{path}: no examples in it")
@@ -92,9 +89,8 @@ def clean(text):
 
 
 def render(example, encode, style):
-    """One example as tokens: (context ids, four lists of ending ids, four lengths that acc_norm divides by).
-    `encode(text)` gives a list of ids. Sources: build-nanogpt's hellaswag.py; lm-evaluation-harness 0.4's
-    TemplateLM._encode_pair and the multiple_choice part of ConfigurableTask."""
+    """One example as tokens: (context ids, four lists of ending ids, four lengths that acc_norm divides by). Sources:
+    build-nanogpt's hellaswag.py; lm-evaluation-harness 0.4's TemplateLM._encode_pair and ConfigurableTask."""
     if style == "completion":
         context = encode(example["ctx"])
         adds_space = encode("x x") == 2 * encode("x")  # Llama 2's kind of tokenizer puts a space before any text
@@ -118,9 +114,8 @@ def render(example, encode, style):
 # A token sees its own ending and the context, whose last token predicts the first token of each of the four endings.
 
 def pack(context, endings):
-    """One row: a context (ids, at least one), then one or more endings of it (lists of ids). Returns int64 tensors:
-    ids, positions and segments of the T tokens that are read; targets, all tokens of the endings; indices, the index
-    in the row of the token before each target, whose logits predict it."""
+    """One row of a context (ids, at least one) and its endings (lists of ids). Returns int64 tensors: ids, positions,
+    segments of the T tokens that are read; the endings' tokens; the indices in the row of those that predict them."""
     C = len(context)
     ids, positions, segments, targets, indices = list(context), list(range(C)), [0] * C, [], []
     for segment, ending in enumerate(endings, 1):
@@ -215,9 +210,8 @@ def score_batch(model, items, device):
 
 
 def reads_packed_rows(model, examples, encode, device):
-    """Whether an ending scores the same in a packed row, whatever the other endings are, and in a row alone. Not so
-    where a recurrent state or a convolution goes on from one ending into the next, or where a model takes no such mask
-    or no positions. Tried on some examples and on a row as long as any. Raises UserError if the model is not causal."""
+    """Whether an ending scores the same in a packed row as alone: not so with a recurrent state or a convolution, or
+    where a model takes no mask or no positions. Tried on three texts. Raises UserError if the model is not causal."""
     half = model_limits(model)[0] // 2
     texts = [(example["ctx"], example["endings"][-1]) for example in (examples[0], examples[len(examples) // 2])]
     endings = (ending for example in examples for ending in example["endings"])
@@ -248,10 +242,9 @@ def reads_packed_rows(model, examples, encode, device):
 @torch.no_grad()
 def evaluate(model, examples, encode, style="completion", device=None, progress=False):
     """Scores `examples` (from load_examples) with our own GPT or a Transformers causal LM. encode: text -> list of ids;
-    style: "completion" or "harness"; device: where the model is (found if not given); progress: show a bar on rank 0.
-    With torch.distributed initialised every rank calls this with all the examples; each scores its share of them.
-    Returns a dict: n; acc, acc_norm (fractions) and their standard errors acc_stderr, acc_norm_stderr; truncated, how
-    many examples had a text cut from the left. Raises UserError for an unknown style or a model that is not causal."""
+    style: one of STYLES; device: where the model is, found if not given; progress: show a bar. With torch.distributed
+    initialised every rank calls this with all the examples, and scores its share. Returns a dict: n; acc, acc_norm,
+    their standard errors; truncated, of how many a text was cut. Raises UserError for a model that is not causal."""
     if style not in STYLES:
         raise UserError(f"HellaSwag style {style!r}: not one of {', '.join(STYLES)}")
     model = getattr(model, "_orig_mod", model)  # as torch.compile wraps it: every batch has another shape
@@ -295,8 +288,7 @@ def evaluate(model, examples, encode, style="completion", device=None, progress=
 # device and dtype, also of train_gpt2.py
 
 def pick_device(name):
-    """name: auto, cpu, cuda, cuda:N or mps. Returns "cpu", "mps" or "cuda:N"; auto and cuda are the process's own GPU
-    under torchrun. Raises UserError for a device that is not there, and for one cuda:N for several processes."""
+    """auto, cpu, cuda, cuda:N or mps -> cpu, mps or cuda:N, the process's own under torchrun. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
@@ -314,20 +306,15 @@ def pick_device(name):
 
 
 def check_device(name):
-    """Raises UserError where PyTorch has no kernels for the chip: its builds leave out old and very new ones."""
-    try:
+    """Raises RunFailed where PyTorch has no kernels for the chip: its builds leave out old and very new ones."""
+    remedy = "install a build for this chip (https://pytorch.org/get-started/previous-versions), or add --device cpu"
+    with explaining(f"--device {name}: this PyTorch cannot use it", remedy, kind=RunFailed):
         torch.ones(1, device=name).add(1).item()
-    except RuntimeError as error:
-        problem = UserError(f"--device {name}: this PyTorch cannot use it ({one_line(error)}); install a build for "
-                            "this chip (https://pytorch.org/get-started/previous-versions), or add --device cpu")
-        problem.exit_code = 1
-        raise problem from None
 
 
 def pick_dtype(name, device_type, matmul, without_bfloat16=torch.float32):
-    """The torch.dtype of a name (auto, bfloat16, float16 or float32), and why, or "". auto is on CUDA bfloat16 where
-    the chip has it, else `without_bfloat16`; on a CPU the faster of bfloat16 and float32 in a matmul typical of the
-    work, (tokens, inputs, outputs); elsewhere float32."""
+    """The torch.dtype of a name, and why, or "". auto: on CUDA bfloat16, or `without_bfloat16` where the chip has none;
+    on a CPU the faster of bfloat16 and float32 in a typical matmul, (tokens, inputs, outputs); elsewhere float32."""
     if name != "auto":
         return getattr(torch, name), ""
     if device_type == "cuda":
@@ -370,7 +357,8 @@ def open_model(name, style):
     if os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json")):
         raise UserError(f"{name}: no config.json in this folder; --model takes a model folder or a Hugging Face name")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    try:
+    with explaining(f"--model {name}: Transformers cannot open it", "what train_gpt2.py alone reads is scored by: "
+                    f"python train_gpt2.py eval --checkpoint {name}"):
         config = AutoConfig.from_pretrained(name)
         config.use_cache = False  # nothing is generated
         for key in ("activation_function", "hidden_act"):  # the same formula, in one kernel instead of eight
@@ -379,9 +367,6 @@ def open_model(name, style):
         model, loaded = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32,
                                                              output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # no network, no such name, a damaged file: too many types to list
-        raise UserError(f"--model {name}: Transformers cannot open it ({one_line(error)}); what train_gpt2.py alone "
-                        f"reads is scored by: python train_gpt2.py eval --checkpoint {name}") from None
     if loaded["missing_keys"]:
         raise UserError(f"--model {name}: its files lack weights, such as {min(loaded['missing_keys'])}")
 

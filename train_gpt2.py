@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import fineweb
 import hellaswag
-from fineweb import UserError, one_line
+from fineweb import RunFailed, UserError, explaining, one_line
 
 HERE = Path(__file__).resolve().parent
 STARTED = time.time()
@@ -300,8 +300,7 @@ class WindowAttention(nn.Module):
 
 
 def in_pairs(x, N):
-    """(B, heads, T, head_dim) -> (B * (T/N - 1), heads, 2N, head_dim): each block of N tokens after the first, preceded
-    by the one before it."""
+    """(B, heads, T, head_dim) -> (B * (T/N - 1), heads, 2N, head_dim): blocks of N, each after the one before it."""
     if x.device.type == "cpu":  # a view, where it can be one; its gradient takes atomics on a GPU
         return x.unfold(2, 2 * N, N).permute(0, 2, 1, 4, 3).flatten(0, 1)
     blocks = x.unflatten(2, (-1, N)).transpose(1, 2)  # (B, T/N, heads, N, head_dim)
@@ -432,13 +431,11 @@ def chunk_of_loss(x, head, target, vocab_size, needs_grad):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The head's matmul and the sum of the cross-entropies. The logits exist for one chunk of tokens at a time, since
-    their gradient is taken at once."""
+    """The head's matmul and the sum of the cross-entropies; logits and their gradient exist for one chunk at a time."""
 
     @staticmethod
     def forward(ctx, chunk_of_loss, hidden, weight, targets, vocab_size, num_chunks, needs_grad):
-        """hidden: (N, C); weight: (padded_vocab_size, C); targets: (N,). needs_grad: since gradient mode is always
-        off in here. Returns a scalar in nats."""
+        """hidden (N, C), weight (padded_vocab_size, C), targets (N,) -> nats. needs_grad: in here it is always off."""
         dtype = compute_dtype(hidden)
         hidden, head = hidden.to(dtype), weight.to(dtype)
         loss = torch.zeros((), device=hidden.device)
@@ -484,8 +481,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """As GPT-2: standard deviation 0.02; 0.02 / sqrt(2 n_layer) for the projections onto the residual stream,
-        which are those named c_proj."""
+        """As GPT-2: std 0.02, and 0.02 / sqrt(2 n_layer) for c_proj, the projections onto the residual stream."""
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 p.normal_(std=0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer))
@@ -541,8 +537,7 @@ class GPT(nn.Module):
 
     def compile_blocks(self, recompute=True):
         """Compiles the blocks and the loss; not the embedding, whose compiled gradient on a CPU sums in no fixed order.
-        recompute: norms and GELUs are made again in the backward pass, not kept. Sets two of the compiler's global
-        switches."""
+        recompute: norms and GELUs are made again in the backward pass. Sets two global switches of the compiler."""
         torch._dynamo.config.optimize_ddp = False  # a block is a graph already; DDP's buckets would cut it again
         torch._functorch.config.ban_recompute_materialized_backward = not recompute
         for block in self.h:
@@ -588,7 +583,7 @@ class GPT(nn.Module):
         model = cls(replace(config, **{name: value for name, value in overrides.items() if value is not None}))
         if model.config.block_size > config.block_size:
             raise UserError(f"--block_size {model.config.block_size}: {name_or_folder} has {config.block_size} at most")
-        load_model_weights(model, folder, model_type)
+        load_weights_and_extras(model, folder, model_type)
         return model
 
     def save_pretrained(self, folder, tokenizer=None):
@@ -601,8 +596,6 @@ class GPT(nn.Module):
             name = "GPT2LMHeadModel" if model_type == "gpt2" else f"{model_type.capitalize()}ForCausalLM"
             about |= {"architectures": [name], "bos_token_id": self.config.eot, "dtype": "float32"}
             about |= self.hf_extras.get("config.json", {})
-        if model_type == "gpt2":  # GPT-2 has three rates, we have one
-            about |= {"embd_pdrop": self.config.dropout, "attn_pdrop": self.config.dropout}
         if tokenizer is not None:
             about["tokenizer"] = tokenizer.name
             tokenizer.save_pretrained(folder)
@@ -704,8 +697,7 @@ NOT_PLAIN_TEXT = (".gz", ".zst", ".parquet", ".json", ".jsonl", ".ndjson", ".csv
 
 
 def open_data(path, tokenizer, config):
-    """The training and the validation corpus of a folder of shards or a text file, for a model of this GPTConfig.
-    Raises UserError."""
+    """The training and validation corpus of a folder of shards or a text file, for a GPTConfig. Raises UserError."""
     path = Path(path)
     name = path.name.split(".")[0]
     maker = shlex.join(["python", "fineweb.py", "--files", str(path), "--out", f"{name}_tokens"])
@@ -808,15 +800,14 @@ class Run:
         config, given = read_flags(argv)
         check_restarts(config.setup.resume)
         notes = []
-        checkpoint = open_checkpoint(config.setup, world)
-        earlier_config = checkpoint.config if checkpoint else config_to_start_again(config.setup, world, notes)
-        if earlier_config:
-            config = resumed_config(config, given, earlier_config, checkpoint, notes)
+        earlier = open_earlier_run(config.setup, world, notes)
+        state = earlier.state
+        if earlier.config:
+            config = resumed_config(config, given, earlier, notes)
         else:
             complete_config(config, given, notes)
         check_out_dir(config.setup.out_dir)
-        model, tokenizer = (checkpoint.model, checkpoint.tokenizer) if checkpoint else new_model(config)
-        state = checkpoint.state if checkpoint else {}
+        model, tokenizer = (earlier.model, earlier.tokenizer) if state else new_model(config)
         setup, recipe, system = config.setup, config.recipe, config.system
         world.use_device(system.device, system.deterministic)
 
@@ -846,20 +837,19 @@ class Run:
         self.ddp = model_to_train(self, notes)
         self.optimizers = make_optimizers(model, recipe, world.device_type)
         self.scaler = torch.amp.GradScaler(world.device_type, enabled=self.dtype == torch.float16)
-        if checkpoint:
+        if state:
             for optimizer, saved in zip(self.optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
             if state["scaler"]:  # else it was not in float16
                 self.scaler.load_state_dict(state["scaler"])
-            notes.append(f"resumed from {checkpoint.folder} at step {self.step}")
+            notes.append(f"resumed from {earlier.folder} at step {self.step}")
         first_window = self.step * recipe.total_batch_size // model.config.block_size
         self.batches = training_batches(self.train_data, first_window, self.batch_size, world, recipe.seed)
         self.log = RunLog(self)
-        self.hellaswag_examples = None
-        if config.evaluation.hellaswag_every:
-            self.hellaswag_examples = load_hellaswag(config.evaluation.hellaswag_data, world)
+        evaluation = config.evaluation
+        self.hellaswag_examples = evaluation.hellaswag_every and load_hellaswag(evaluation.hellaswag_data, world)
         print_summary(self, notes)
-        if checkpoint and checkpoint.folder.resolve().parent != Path(setup.out_dir).resolve():
+        if state and earlier.folder.resolve().parent != Path(setup.out_dir).resolve():
             self.saved_step = None  # another run's: from here on, what out_dir holds must be enough to resume
             self.save()
         self.stop = StopRequest()  # of this rank
@@ -1023,10 +1013,8 @@ def check_out_dir(out_dir):
     path = Path(out_dir).absolute()
     while not path.exists():
         path = path.parent
-    try:
+    with explaining(f"--out_dir {out_dir}: cannot be written", "choose another"):
         tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UserError(f"--out_dir {out_dir}: cannot be written ({error.strerror}); choose another") from None
 
 
 def read_flags(argv):
@@ -1040,15 +1028,15 @@ def read_flags(argv):
     return config, given
 
 
-def resumed_config(config, given, own, checkpoint, notes):
-    """`own`, the config of a run that goes on, with the flags of `config` that were given and may change."""
+def resumed_config(config, given, earlier, notes):
+    """The config of a run that goes on, with the flags of `config` that were given and may change."""
+    own, step = earlier.config, earlier.state.get("step", 0)
     values, own_values = config.flat(), own.flat()
     for name in given - MAY_CHANGE - {"out_dir", "resume", "resume_from"}:
         new, old = values[name], own_values[name]
         if new != old:
             raise UserError(f"--{name} {new}: the run in {own.setup.out_dir} has {old}, and a resumed run cannot "
                             f"change it; leave the flag out, or start a new run with another --out_dir")
-    step = checkpoint.state["step"] if checkpoint else 0
     last_lr = learning_rate(step - 1, own.schedule) if step else math.inf
     changes = {name: values[name] for name in given & MAY_CHANGE}
     own.update({"batch_size": "auto", **changes, "out_dir": config.setup.out_dir})
@@ -1059,18 +1047,6 @@ def resumed_config(config, given, own, checkpoint, notes):
         notes.append(f"the learning rate jumps from {last_lr:.1e} back to {lr:.1e}, for the run had decayed already: "
                      "--resume_from a checkpoint before its decay wastes less")
     return own
-
-
-def config_to_start_again(setup, world, notes):
-    """Without a good checkpoint: the config of a run that left only a log in out_dir, and now begins anew."""
-    path = Path(setup.out_dir, "log.jsonl")
-    log = world.from_rank_0(read_log(path) if path.exists() else [])
-    if log:
-        notes.append(f"no good checkpoint in {setup.out_dir}: its run begins anew, its log so far is {path.name}.old")
-        return TrainConfig(model=GPTConfig()).update(log[0], keep=("kind", "run_id"))
-    if setup.resume:
-        notes.append(f"nothing to resume in {setup.out_dir}: a new run")
-    return None
 
 
 def complete_config(config, given, notes):
@@ -1124,13 +1100,11 @@ def find_data(path):
 
 
 def choose_dtype(name, model_config, world, previous=None):
-    """The dtype of --dtype `name`, and why. auto: what the run had on this kind of device (`previous`), else rank 0's
-    choice, for all ranks."""
+    """The dtype of --dtype `name`, and why. auto: `previous`, the run's on such a device, or rank 0's choice."""
     if name == "auto" and previous and previous[0] == world.device_type:
         name = previous[1]
     matmul = (256, model_config.n_embd, model_config.n_hidden)
-    is_first = world.rank == 0
-    return world.from_rank_0(is_first and hellaswag.pick_dtype(name, world.device_type, matmul, torch.float16))
+    return world.from_rank_0(world.rank == 0 and hellaswag.pick_dtype(name, world.device_type, matmul, torch.float16))
 
 
 def split_batch(run, previous):
@@ -1215,7 +1189,6 @@ def print_summary(run, notes):
     minutes = run.config.schedule.max_minutes
     lengths = [f"{minutes:g} minutes of training"] if minutes else []
     lengths += [f"{steps:,} steps, {steps * tokens / train:.2f} times through the data"] if steps < NO_LIMIT else []
-    length = " or ".join(lengths)
     is_new = setup.init_from == "scratch"
     name = setup.preset if is_new else f"{setup.init_from}, fine-tuned by the recipe of {setup.preset}"
     if model_type_of(run.model.config) == OWN_TYPE:
@@ -1226,7 +1199,7 @@ def print_summary(run, notes):
         f"device  {world.size} x {world.device_type}, {str(run.dtype)[6:]}, {compiled} (--device, --dtype, --compile)",
         f"batch   {tokens:,} tokens a step = {world.size} device(s) x {run.micro_steps} micro-step(s) x "
         f"{run.batch_size} sequence(s) x {T} tokens (--total_batch_size, --batch_size)",
-        f"run     {length}, logged and saved in {setup.out_dir}/ (--max_steps, --max_minutes, --out_dir)",
+        f"run     {' or '.join(lengths)}, logged and saved in {setup.out_dir}/ (--max_steps, --max_minutes, --out_dir)",
     ]
     world.print("\n".join(lines + [f"note    {note}" for note in notes]))
 
@@ -1235,9 +1208,8 @@ def print_summary(run, notes):
 
 @torch.no_grad()
 def validate(model, corpus, tokens, batch_size, world, dtype, token_bytes):
-    """Mean loss in nats over the first `tokens` tokens of the corpus, rounded up to windows, and the same in bits per
-    byte of the text that they stand for, by `token_bytes` (see fineweb.get_tokenizer). For any batch_size and world
-    size: ranks take turns, and short batches are filled with ignored rows."""
+    """Mean loss in nats over the first `tokens` tokens of the corpus, rounded up to windows, and in bits per byte of
+    their text, for any batch_size and world size: ranks take turns, and short batches are filled with ignored rows."""
     num_windows = min(corpus.num_windows, math.ceil(tokens / corpus.block_size))
     mine = [corpus.find(i, np.arange(len(corpus.shards))) for i in range(world.rank, num_windows, world.size)]
     model.eval()
@@ -1421,25 +1393,24 @@ def fsync_all(folder):
         os.close(handle)
 
 
+NOT_DAMAGE = (OSError, MemoryError)  # a file that cannot be read now
+
+
 def load_state(folder, mmap=False):
     """A checkpoint's train_state.pt (see `Run.state_dict`) and its config. Raises UserError."""
     path = Path(folder) / "train_state.pt"
     if not path.exists():
         raise UserError(f"{path}: not there, so this is no checkpoint; a model alone is fine-tuned by --init_from")
-    try:
+    with explaining(f"{path}: damaged, or of another version of this script", but=NOT_DAMAGE):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         return state, TrainConfig(model=GPTConfig()).update(state["config"])
-    except (OSError, MemoryError):  # what cannot be read now is not damaged
-        raise
-    except Exception as error:  # zip, pickle and key errors
-        raise UserError(f"{path}: damaged, or of another version of this script ({one_line(error)})") from None
 
 
 def load_checkpoint(folder):
     """Its folder, state, config, model and tokenizer. Raises UserError naming what is damaged."""
     state, config = load_state(folder)
     model = GPT(config.model)
-    load_model_weights(model, folder, model_type_of(config.model))
+    load_weights_and_extras(model, folder, model_type_of(config.model))
     name = config.setup.tokenizer
     tokenizer = fineweb.get_tokenizer(name if name in ("gpt2", "byte") else str(folder))
     tokenizer.name = name
@@ -1466,11 +1437,21 @@ def choose_checkpoint(setup, world):
     return checkpoint
 
 
-def open_checkpoint(setup, world):
-    """The checkpoint that rank 0 chooses, on every rank; None to begin a run."""
+def open_earlier_run(setup, world, notes):
+    """What to go on from, on every rank: the checkpoint that rank 0 chooses. Without one its state is empty, its config
+    None, or that of a run which left only a log in out_dir and now begins anew."""
     checkpoint = choose_checkpoint(setup, world) if world.rank == 0 else None
     folder = world.from_rank_0(checkpoint and checkpoint.folder)
-    return checkpoint or (folder and load_checkpoint(folder))
+    if folder:
+        return checkpoint or load_checkpoint(folder)
+    path, config = Path(setup.out_dir, "log.jsonl"), None
+    log = world.from_rank_0(read_log(path) if path.exists() else [])
+    if log:
+        notes.append(f"no good checkpoint in {setup.out_dir}: its run begins anew, its log so far is {path.name}.old")
+        config = TrainConfig(model=GPTConfig()).update(log[0], keep=("kind", "run_id"))
+    elif setup.resume:
+        notes.append(f"nothing to resume in {setup.out_dir}: a new run")
+    return SimpleNamespace(state={}, config=config)
 
 
 class RunLog:
@@ -1485,25 +1466,25 @@ class RunLog:
         lines = [line for line in lines if line.get("step", 0) < run.step + (line["kind"] == "train")] or [about]
         self.vals = [line for line in lines if line["kind"] == "val"]
         self.file = self.wandb = self.tensorboard = None
+        self.opened = contextlib.ExitStack()
         if run.world.rank > 0:
             return
         if system.wandb:
             import wandb
-            try:
+            with explaining(f"--wandb {system.wandb}: Weights & Biases does not start",
+                            "run `wandb login` first, or set WANDB_MODE=offline"):
                 self.wandb = wandb.init(project=system.wandb, id=run.run_id, resume="allow", config=about, dir=out_dir)
-            except Exception as error:  # no key, no terminal to ask for one, no network
-                raise UserError(f"--wandb {system.wandb}: Weights & Biases does not start ({one_line(error)}); run "
-                                "`wandb login` first, or set WANDB_MODE=offline") from None
+            self.opened.callback(self.wandb.finish)
             self.wandb.define_metric("*", step_metric="step")  # not by its own count of calls
         if system.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            self.tensorboard = SummaryWriter(out_dir, purge_step=run.step + 1)
+            self.tensorboard = self.opened.enter_context(SummaryWriter(out_dir, purge_step=run.step + 1))
         run.world.lock = fineweb.lock_folder(out_dir)
         if run.step == 0 and self.path.exists():
             self.path.replace(f"{self.path}.old")
         with fineweb.replacing(self.path) as f:
             f.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-        self.file = open(self.path, "a")
+        self.file = self.opened.enter_context(open(self.path, "a", buffering=1))
 
     def write(self, kind, step, **values):
         for name, value in values.items():
@@ -1513,11 +1494,9 @@ class RunLog:
             self.vals.append({"step": step, **values})
         if self.file is None:
             return
-        try:
-            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-            self.file.flush()
-        except OSError as error:
-            raise RunFailed(f"{self.path}: {error.strerror}; free some space, then add --resume") from None
+        line = json.dumps({"kind": kind, "step": step, **values})
+        with explaining(f"{self.path}: cannot be written", "free some space, then add --resume", kind=RunFailed):
+            self.file.write(line + "\n")
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
         if self.wandb:
             self.wandb.log({"step": step, **numbers})
@@ -1531,12 +1510,7 @@ class RunLog:
         return min(found, default=math.inf)
 
     def close(self):
-        if self.file:
-            self.file.close()
-        if self.wandb:
-            self.wandb.finish()
-        if self.tensorboard:
-            self.tensorboard.close()
+        self.opened.close()
 
 
 def read_log(path):
@@ -1550,11 +1524,6 @@ def read_log(path):
 
 # -----------------------------------------------------------------------------
 # processes and chips
-
-class RunFailed(UserError):
-    """A run that began and could not go on."""
-    exit_code = 1
-
 
 class World:
     """The processes of the run, as torchrun started them; alone without it."""
@@ -1708,7 +1677,8 @@ def to_hf_config(config, model_type):
     hf = {hf_name: getattr(config, name) for name, hf_name in FORMATS[model_type][1].items()}
     if model_type == "gpt2":
         hf |= {"activation_function": "gelu_new", "scale_attn_weights": True, "add_cross_attention": False,
-               "scale_attn_by_inverse_layer_idx": False, "n_ctx": config.block_size}  # n_ctx is for llama.cpp
+               "scale_attn_by_inverse_layer_idx": False, "n_ctx": config.block_size,  # n_ctx is for llama.cpp
+               "embd_pdrop": config.dropout, "attn_pdrop": config.dropout}  # GPT-2 has three rates, we have one
     elif model_type != OWN_TYPE:
         hf |= {"hidden_act": "silu", "attention_bias": config.bias,
                "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
@@ -1732,7 +1702,7 @@ def from_hf_config(hf, model_type, path="config.json"):
     if isinstance(values["eot"], list):
         values["eot"] = values["eot"][0]
     config = GPTConfig(**values)
-    may_differ = ("rope_theta", "n_inner", "n_ctx", "eos_token_id", "max_window_layers")  # read or derived above
+    may_differ = ("rope_theta", "n_inner", "n_ctx", "eos_token_id", "max_window_layers", "embd_pdrop", "attn_pdrop")
     for name, value in to_hf_config(config, model_type).items():
         if name not in may_differ and hf.get(name, value) not in (value, "gelu_pytorch_tanh"):  # gelu_new's other name
             raise UserError(f"{path}: {name} = {hf[name]!r} is not supported (only {value!r})")
@@ -1747,21 +1717,16 @@ def model_folder(name_or_folder):
     if name_or_folder.exists():
         raise UserError(f"{name_or_folder}: no model is here (a model folder holds config.json and model.safetensors)")
     from huggingface_hub import snapshot_download
-    try:
-        files = ["*.json", "model*.safetensors", "merges.txt"]
+    files = ["*.json", "model*.safetensors", "merges.txt"]
+    with explaining(f"{name_or_folder}: no such folder, and the Hugging Face hub gave no such model"):
         return Path(snapshot_download(str(name_or_folder), allow_patterns=files))
-    except Exception as error:  # the hub's many: no network, no such name, gated, ...
-        raise UserError(f"{name_or_folder}: no such folder, and the Hugging Face hub gave no such model "
-                        f"({one_line(error)})") from None
 
 
 def read_model_config(folder):
     """The GPTConfig of a model folder and its model_type. Raises UserError naming what our model does not have."""
     path = folder / "config.json"
-    try:
+    with explaining(f"{path}: not JSON", but=OSError):
         hf = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
     model_type = hf.get("model_type")
     if model_type not in FORMATS:
         raise UserError(f"{path}: model_type {model_type!r} is not supported (only gpt2, llama, mistral, qwen3)")
@@ -1796,8 +1761,10 @@ def hf_tensors(model, model_type):
                 yield f"{prefix}{hf_module}.{kind}", part
 
 
-def keep_special_tokens(model, folder):
-    """Notes for `save_pretrained` what belongs to a Transformers model but not to GPTConfig."""
+def load_weights_and_extras(model, folder, model_type):
+    """Fills the model from the folder's safetensors, and notes for `save_pretrained` what GPTConfig does not hold.
+    Raises UserError for weights that are missing, misshapen or left over."""
+    from safetensors.torch import load_file
     hf = json.loads((folder / "config.json").read_text())
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     model.hf_extras["config.json"] = {name: hf[name] for name in names if hf.get(name) is not None}
@@ -1806,22 +1773,13 @@ def keep_special_tokens(model, folder):
     path = folder / "generation_config.json"
     if path.exists():
         model.hf_extras[path.name] = json.loads(path.read_text())
-
-
-def load_model_weights(model, folder, model_type):
-    """Fills the model from the folder's safetensors. Raises UserError for what is missing, misshapen or left over."""
-    from safetensors.torch import load_file
     files = sorted(folder.glob("model*.safetensors"))  # Mistral's repositories hold the same under another name too
     if not files:
         raise UserError(f"{folder}: no model.safetensors; open the model in Transformers and save it again")
     stored = {}
     for file in files:
-        try:
+        with explaining(f"{file}: not a whole safetensors file", "take another copy", but=NOT_DAMAGE):
             stored |= load_file(file)
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:
-            raise UserError(f"{file}: not a whole safetensors file ({one_line(error)}); take another copy") from None
     for name, tensor in hf_tensors(model, model_type):
         name = name if name in stored else name.removeprefix("transformer.")  # as OpenAI's file on the hub has it
         if name not in stored:
@@ -1832,7 +1790,6 @@ def load_model_weights(model, folder, model_type):
         if value.shape != tensor.shape:
             raise UserError(f"{folder}: {name} has shape {list(value.shape)}, by config.json {list(tensor.shape)}")
         tensor.copy_(value)
-    keep_special_tokens(model, folder)
     for name in stored:
         is_derived = name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))  # in old files
         if not is_derived and not (model.config.tied and name == "lm_head.weight"):
@@ -1989,10 +1946,8 @@ def plot(argv):
         axis.set(xlabel=flags.x, ylabel=label)
         axis.grid(alpha=0.3)
         axis.legend()
-    try:
+    with explaining(f"--output {flags.output}: cannot be written"):
         figure.savefig(flags.output, dpi=150)
-    except (OSError, ValueError) as error:  # no such folder, no such kind of picture
-        raise UserError(f"--output {flags.output}: {one_line(error)}") from None
     print(f"wrote {flags.output}")
 
 
