@@ -1393,15 +1393,13 @@ def fsync_all(folder):
         os.close(handle)
 
 
-NOT_DAMAGE = (OSError, MemoryError)  # a file that cannot be read now
-
-
 def load_state(folder, mmap=False):
     """A checkpoint's train_state.pt (see `Run.state_dict`) and its config. Raises UserError."""
     path = Path(folder) / "train_state.pt"
     if not path.exists():
         raise UserError(f"{path}: not there, so this is no checkpoint; a model alone is fine-tuned by --init_from")
-    with explaining(f"{path}: damaged, or of another version of this script", but=NOT_DAMAGE):
+    # what cannot be read now is not damaged
+    with explaining(f"{path}: damaged, or of another version of this script", but=(OSError, MemoryError)):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         return state, TrainConfig(model=GPTConfig()).update(state["config"])
 
@@ -1778,7 +1776,7 @@ def load_weights_and_extras(model, folder, model_type):
         raise UserError(f"{folder}: no model.safetensors; open the model in Transformers and save it again")
     stored = {}
     for file in files:
-        with explaining(f"{file}: not a whole safetensors file", "take another copy", but=NOT_DAMAGE):
+        with explaining(f"{file}: not a whole safetensors file", "take another copy", but=(OSError, MemoryError)):
             stored |= load_file(file)
     for name, tensor in hf_tensors(model, model_type):
         name = name if name in stored else name.removeprefix("transformer.")  # as OpenAI's file on the hub has it
