@@ -524,7 +524,7 @@ def not_utf8(path, encoding, place=""):
 
 
 def likely_encoding(data):
-    """For iconv, of bytes that are not all UTF-8: where other characters are, the bad ones are damage, to be left out."""
+    """For iconv, of bytes that are not all UTF-8: where other characters are, the bad ones are damage to leave out."""
     return "latin1" if data.decode("utf-8", "ignore").isascii() else "utf-8 -c"
 
 

@@ -610,7 +610,7 @@ def sample_token(logits, temperature, top_k, generator):
     """(B, vocab_size) -> (B, 1)"""
     if temperature < 1e-6:  # 0, or too small to divide by
         return logits.argmax(dim=1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = (logits.float() / temperature).nan_to_num()  # of a model that broke
     if 0 < top_k < logits.size(1):
         logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
     return torch.multinomial(logits.softmax(dim=1), 1, generator=generator)
@@ -849,8 +849,8 @@ class Run:
         evaluation = config.evaluation
         self.hellaswag_examples = evaluation.hellaswag_every and load_hellaswag(evaluation.hellaswag_data, world)
         print_summary(self, notes)
-        if state and earlier.folder.resolve().parent != Path(setup.out_dir).resolve():
-            self.saved_step = None  # another run's: from here on, what out_dir holds must be enough to resume
+        if state and earlier.folder.resolve() != Path(setup.out_dir, f"step_{self.step:06d}").resolve():
+            self.saved_step = None  # of another place: from here on, what out_dir holds must be enough to resume
             self.save()
         self.stop = StopRequest()  # of this rank
 
@@ -946,15 +946,17 @@ def training_loop(run):
         line = run.train_step()
         collect_garbage(run.step, first_step)
         run.log.write("train", run.step, **line)
-        bar.set_postfix_str(f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, norm {line['grad_norm']:.3f}, "
-                            f"{line['tokens_per_second']:,.0f} tokens/s", refresh=False)
-        bar.update()
+        with contextlib.suppress(OSError):  # as in World.print
+            bar.set_postfix_str(f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, norm {line['grad_norm']:.3f}, "
+                                f"{line['tokens_per_second']:,.0f} tokens/s", refresh=False)
+            bar.update()
         if run.skipped:
             run.print("the gradient was not finite; the update was skipped")
         if run.skipped == 10:
             raise RunFailed(f"10 steps in a row had a gradient that was not finite, the last one step {run.step}; "
                             f"{describe_newest_checkpoint(run)}; lower --lr, or look at the data")
-    bar.close()
+    with contextlib.suppress(OSError):
+        bar.close()
     if run.is_over():
         log_end(run)
     run.log.close()
@@ -1232,10 +1234,10 @@ def log_validation(run):
     loss, bpb = validate(run.model, run.val_data, tokens, run.batch_size, run.world, run.dtype, run.token_bytes)
     perplexity = math.exp(min(loss, 700))
     checkpoints = list_checkpoints(run.config.setup.out_dir)
-    if run.world.rank == 0 and run.saved_step == run.step and loss < run.log.best("loss", checkpoints):
+    run.log.write("val", run.step, loss=loss, perplexity=perplexity, bpb=bpb)
+    if run.world.rank == 0 and run.saved_step == run.step == run.log.best_step(checkpoints):
         point_to(checkpoints[run.step], "best")
         delete_old_checkpoints(run)
-    run.log.write("val", run.step, loss=loss, perplexity=perplexity, bpb=bpb)
     run.print(f"validation loss {loss:.4f}, perplexity {perplexity:,.2f}, {bpb:.4f} bits per byte  "
               f"(best loss {run.log.best('loss'):.4f})")
 
@@ -1355,11 +1357,11 @@ def save_checkpoint(run):
 def delete_old_checkpoints(run):
     """All but the best one and the newest."""
     out_dir, keep = Path(run.config.setup.out_dir), run.config.evaluation.keep_checkpoints
-    older = [old for step, old in list_checkpoints(out_dir).items() if step <= run.step]  # newer ones are damaged
-    best = follow(out_dir / "best").name
-    for old in older[:-keep] if keep else []:
-        if old.name != best:
-            shutil.rmtree(old, ignore_errors=True)
+    older = {step: old for step, old in list_checkpoints(out_dir).items() if step <= run.step}  # newer ones are damaged
+    best = (run.log.best_step(older), follow(out_dir / "best").name)  # by the log, and by the link
+    for step in list(older)[:-keep] if keep else []:
+        if step != best[0] and older[step].name != best[1]:
+            shutil.rmtree(older[step], ignore_errors=True)
 
 
 def point_to(folder, name):
@@ -1460,8 +1462,9 @@ class RunLog:
         self.path = Path(out_dir, "log.jsonl")
         lines = read_log(self.path) if run.step and self.path.exists() else []
         about = {"kind": "config", "run_id": run.run_id, **run.config.flat()}
-        # This step's validation and samples are made again; its training line stays.
-        lines = [line for line in lines if line.get("step", 0) < run.step + (line["kind"] == "train")] or [about]
+        # This step's validation and samples are made again, where they are due; its training line stays.
+        kept = ("train",) if run.is_due(run.config.evaluation.eval_every) else ("train", "val")
+        lines = [line for line in lines if line.get("step", 0) < run.step + (line["kind"] in kept)] or [about]
         self.vals = [line for line in lines if line["kind"] == "val"]
         self.file = self.wandb = self.tensorboard = None
         self.opened = contextlib.ExitStack()
@@ -1502,10 +1505,14 @@ class RunLog:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, step)
 
-    def best(self, name, steps=None):
-        """The least validation loss or bpb so far; of these steps only."""
-        found = [line[name] for line in self.vals if line.get(name) and (steps is None or line["step"] in steps)]
-        return min(found, default=math.inf)
+    def best(self, name):
+        """The least validation loss or bpb so far."""
+        return min((line[name] for line in self.vals if line.get(name)), default=math.inf)
+
+    def best_step(self, steps):
+        """That of the least validation loss, among these; None if there is none."""
+        found = [(line["loss"], line["step"]) for line in self.vals if line.get("loss") and line["step"] in steps]
+        return min(found, default=(math.inf, None))[1]
 
     def close(self):
         self.opened.close()
@@ -1527,10 +1534,10 @@ class World:
     """The processes of the run, as torchrun started them; alone without it."""
 
     def __init__(self):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.lock = None  # rank 0's on out_dir
         self.distributed = "RANK" in os.environ
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ["WORLD_SIZE"]) if self.distributed else 1
+        self.lock = None  # rank 0's on out_dir
         tasks = int(os.environ.get("SLURM_NTASKS", 1))
         if tasks > 1 and not self.distributed:
             raise UserError(f"SLURM_NTASKS is {tasks}, but tasks of Slurm do not know each other: start one a node, "
@@ -1553,9 +1560,10 @@ class World:
             torch.utils.deterministic.fill_uninitialized_memory = False
 
     def print(self, text):
-        if self.rank == 0:
-            tqdm.write(text)  # goes above a progress bar
-            sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a terminal or a `tee` that is gone ends no run
+            if self.rank == 0:
+                tqdm.write(text)  # goes above a progress bar
+                sys.stdout.flush()
 
     def all_reduce(self, numbers, op=dist.ReduceOp.SUM):
         """The sum of each number over the ranks, or what else `op` says."""
@@ -1720,11 +1728,18 @@ def model_folder(name_or_folder):
         return Path(snapshot_download(str(name_or_folder), allow_patterns=files))
 
 
+def read_json(path):
+    """The object in a model folder's file. Raises UserError."""
+    if not path.exists():
+        raise UserError(f"{path}: not there")
+    with explaining(f"{path}: not JSON", but=OSError):  # what cannot be read now is not damaged
+        return {**json.loads(path.read_text())}
+
+
 def read_model_config(folder):
     """The GPTConfig of a model folder and its model_type. Raises UserError naming what our model does not have."""
     path = folder / "config.json"
-    with explaining(f"{path}: not JSON", but=OSError):
-        hf = json.loads(path.read_text())
+    hf = read_json(path)
     model_type = hf.get("model_type")
     if model_type not in FORMATS:
         raise UserError(f"{path}: model_type {model_type!r} is not supported (only gpt2, llama, mistral, qwen3)")
@@ -1734,7 +1749,8 @@ def read_model_config(folder):
             raise UserError(f"{path}: {min(unknown)} = {hf[min(unknown)]!r} is a part that this script does not have")
     else:
         import transformers
-        hf = transformers.AutoConfig.from_pretrained(folder).to_dict()  # fills in what the file leaves out
+        with explaining(f"{path}: Transformers refuses it"):
+            hf = transformers.AutoConfig.from_pretrained(folder).to_dict()  # fills in what the file leaves out
     return from_hf_config(hf, model_type, path), model_type
 
 
@@ -1763,14 +1779,15 @@ def load_weights_and_extras(model, folder, model_type):
     """Fills the model from the folder's safetensors, and notes for `save_pretrained` what GPTConfig does not hold.
     Raises UserError for weights that are missing, misshapen or left over."""
     from safetensors.torch import load_file
-    hf = json.loads((folder / "config.json").read_text())
+    hf = read_json(folder / "config.json")
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     model.hf_extras["config.json"] = {name: hf[name] for name in names if hf.get(name) is not None}
-    if isinstance(hf.get("eos_token_id"), list):
-        model.end_ids = hf["eos_token_id"]
     path = folder / "generation_config.json"
     if path.exists():
-        model.hf_extras[path.name] = json.loads(path.read_text())
+        model.hf_extras[path.name] = read_json(path)
+        hf |= model.hf_extras[path.name]  # its ends go before config.json's, as in Transformers
+    if hf.get("eos_token_id") is not None:
+        model.end_ids = np.atleast_1d(hf["eos_token_id"]).tolist()
     files = sorted(folder.glob("model*.safetensors"))  # Mistral's repositories hold the same under another name too
     if not files:
         raise UserError(f"{folder}: no model.safetensors; open the model in Transformers and save it again")
@@ -1790,7 +1807,8 @@ def load_weights_and_extras(model, folder, model_type):
         tensor.copy_(value)
     for name in stored:
         is_derived = name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))  # in old files
-        if not is_derived and not (model.config.tied and name == "lm_head.weight"):
+        head = model.lm_head.weight[:model.config.vocab_size]  # a tied one may be stored again, but not another one
+        if not is_derived and not (name == "lm_head.weight" and torch.equal(stored[name].float(), head)):
             raise UserError(f"{folder}: the weights hold {name}, which this model class does not have")
 
 
@@ -1798,7 +1816,7 @@ def open_model(name_or_folder, **overrides):
     """A model and its tokenizer."""
     folder = model_folder(name_or_folder)
     model = GPT.from_pretrained(folder, **overrides)
-    name = json.loads((folder / "config.json").read_text()).get("tokenizer")
+    name = read_json(folder / "config.json").get("tokenizer")
     if name in ("gpt2", "byte"):  # ours says its name; others come with files
         return model, fineweb.get_tokenizer(name)
     gpt2 = fineweb.get_tokenizer("gpt2")

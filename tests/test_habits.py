@@ -1,8 +1,11 @@
 """What users do with runs: data that moved, folders that are named as models, models with special tokens of their own,
 tokenizers of other people, hints. Each through the command line, with the right value."""
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 
 import fineweb
 import train_gpt2
-from conftest import SMALL, log_lines, losses, refused, run, save_llama2_tokenizer, spawn
+from conftest import ROOT, SMALL, log_lines, losses, refused, run, save_llama2_tokenizer, spawn
 from train_gpt2 import GPT, sample_token
 
 WORDS = ["to", "be", "or", "not", "that", "is", "the", "question", "a", "king", "and", "of"]
@@ -243,3 +246,93 @@ def test_a_sample_decodes_few_ids_at_a_time(monkeypatch):
     ids = tokenizer.encode(flags.prompt)
     rows = model.generate(torch.tensor([ids]), 300, flags.temperature, flags.top_k, torch.Generator().manual_seed(0))
     assert flags.prompt + text == decode(rows[0].tolist()) and max(sizes[1:]) < 50
+
+
+# -----------------------------------------------------------------------------
+# the run's own ways: its environment, its terminal, its checkpoints
+
+TEXT = ["--data", ROOT / "input.txt", "--tokenizer", "byte", *SMALL]
+
+
+def test_a_world_size_without_a_rank_is_no_world(tmp_path):
+    """Left over in the environment it would halve every loss and leave out half of the data."""
+    for name, env in (("one", {}), ("two", {"WORLD_SIZE": "2"})):
+        run("train_gpt2.py", *TEXT, "--max_steps", 2, "--out_dir", tmp_path / name, env=env)
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    assert log_lines(tmp_path / "one", "val")[-1]["loss"] == log_lines(tmp_path / "two", "val")[-1]["loss"]
+
+
+def test_ctrl_c_that_ends_the_reader_too_saves(tmp_path):
+    """As in `python train_gpt2.py 2>&1 | tee log.txt`: tee is gone before the step is over."""
+    command = [sys.executable, "train_gpt2.py", *map(str, TEXT), "--max_steps", "100000", "--eval_every", "0",
+               "--out_dir", str(tmp_path / "log")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not (tmp_path / "log/log.jsonl").exists() or len(losses(tmp_path / "log")) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.stdout.close()
+    time.sleep(11)  # the bar is written every ten seconds where it is no terminal
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    step = len(losses(tmp_path / "log"))
+    assert (tmp_path / f"log/step_{step:06d}/train_state.pt").exists()
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_best_checkpoint_stays_the_best(copied, tmp_path):
+    """In a longer run that is worse: when its own step's validation is not made again, and in a folder that was copied
+    with its links followed."""
+    flags = ["--max_steps", 25, "--eval_every", 10, "--checkpoint_every", 10]
+    run("train_gpt2.py", *TEXT, *flags, "--out_dir", tmp_path / "first")
+    shutil.copytree(tmp_path / "first", tmp_path / "log", symlinks=not copied)
+    best = min(log_lines(tmp_path / "log", "val"), key=lambda line: line["loss"])
+    weights = (tmp_path / f"log/step_{best['step']:06d}/model.safetensors").read_bytes()
+    assert best["step"] == 25
+    run("train_gpt2.py", "--resume", "--max_steps", 60, "--lr", 50, "--min_lr", 50, "--out_dir", tmp_path / "log")
+    assert (tmp_path / "log/best/model.safetensors").read_bytes() == weights
+    assert (tmp_path / "log/step_000025").is_dir() and log_lines(tmp_path / "log", "done")[-1]["best_val_loss"] == best["loss"]
+
+
+def test_resumed_from_a_copy_of_a_checkpoint_in_its_own_folder(tmp_path):
+    """The run's folder gets the checkpoint under its own name, and `latest`."""
+    run("train_gpt2.py", *TEXT, "--checkpoint_every", 6, "--out_dir", tmp_path / "log")
+    (tmp_path / "log/step_000006").rename(tmp_path / "log/keep")
+    (tmp_path / "log/latest").unlink()
+    run("train_gpt2.py", "--resume_from", tmp_path / "log/keep", "--max_steps", 8, "--eval_every", 2)
+    assert (tmp_path / "log/step_000006").is_dir() and (tmp_path / "log/latest").resolve().name == "step_000008"
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"model_type": '])
+def test_a_torn_config_is_stepped_over(content, tmp_path):
+    run("train_gpt2.py", *TEXT, "--checkpoint_every", 3, "--keep_checkpoints", 0, "--out_dir", tmp_path / "log")
+    path = tmp_path / "log/step_000006/config.json"
+    path.unlink() if content is None else path.write_text(content)
+    refused("train_gpt2.py", "sample", "--checkpoint", tmp_path / "log/step_000006")
+    out, _ = run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log")
+    assert "not resumed from step_000006" in out and "step_000003 at step 3" in out
+
+
+def test_a_head_that_is_not_the_one_said_to_be_tied(words, tmp_path):
+    config = LlamaConfig(vocab_size=fineweb.get_tokenizer(str(words / "tokenizer")).vocab_size, hidden_size=16,
+                         intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    about = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(about | {"tie_word_embeddings": True}))
+    with pytest.raises(fineweb.UserError, match="the weights hold lm_head.weight"):
+        GPT.from_pretrained(tmp_path / "model")
+
+
+def test_the_ends_of_a_generation_config(tmp_path):
+    """They go before those of config.json, as in Transformers."""
+    config = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                         max_position_embeddings=32, eos_token_id=3)
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=[5, 7])
+    model.save_pretrained(tmp_path)
+    assert GPT.from_pretrained(tmp_path).end_ids == [5, 7]
+
+
+def test_a_broken_model_ends_by_its_gradients_not_by_its_sample():
+    logits = torch.tensor([[torch.nan, 1.0, torch.inf]])
+    assert sample_token(logits, 0.8, 2, torch.Generator().manual_seed(0)).shape == (1, 1)
