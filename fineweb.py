@@ -767,9 +767,11 @@ class HubDataset:
     @functools.cached_property
     def data(self):
         import datasets
-        with explaining(f"{self.description}: cannot be opened"):
+        try:
             data = datasets.load_dataset(self.config.dataset, self.config.name, split=self.config.split,
                                          streaming=self.config.streaming)
+        except Exception as error:  # it raises nearly every kind
+            raise UserError(f"{self.description}: cannot be opened: {one_line(error)}") from None
         for name in (self.field, self.field.split(".")[0]):
             if name in (data.column_names or ()):  # some data sets do not tell before the first row
                 return data.select_columns([name]).with_format("arrow")
