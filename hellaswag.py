@@ -10,15 +10,18 @@ The benchmark: Zellers et al. 2019, https://arxiv.org/abs/1905.07830. Two ways o
               acc: least summed loss; acc_norm: least loss per token of the ending. GPT-2 124M: 28.59 / 29.55
   harness     lm-evaluation-harness's: activity label, cleaned text, context and ending tokenized as one.
               acc: least summed loss; acc_norm: least loss per character of the ending. GPT-2 124M: 28.92 / 31.14
-The last line printed is one JSON object. train_gpt2.py also takes from here how a device and a dtype are picked.
+The last line printed is one JSON object. train_gpt2.py also takes from here what it knows of devices and dtypes.
 """
 
+import contextlib
 import copy
 import json
 import logging
 import os
+import platform
 import random
 import re
+import sys
 import time
 from dataclasses import dataclass
 from itertools import islice
@@ -239,8 +242,12 @@ def reads_packed_rows(model, examples, encode, device):
         return False
 
 
+class Interrupted(Exception):
+    """A signal ended an evaluation: on all ranks, whichever got it."""
+
+
 @torch.no_grad()
-def evaluate(model, examples, encode, style="completion", device=None, progress=False):
+def evaluate(model, examples, encode, style="completion", device=None, progress=False, stop=None):
     """Scores `examples` (from load_examples) with our own GPT or a Transformers causal LM. encode: text -> list of ids;
     style: one of STYLES; device: where the model is, found if not given; progress: show a bar. With torch.distributed
     initialised every rank calls this with all the examples, and scores its share. Returns a dict: n; acc, acc_norm,
@@ -263,22 +270,27 @@ def evaluate(model, examples, encode, style="completion", device=None, progress=
         batches.append(items[:size])
         items = items[size:]
     random.Random(0).shuffle(batches)  # so that the running accuracy is not that of the longest examples
-    counts = torch.zeros(3, dtype=torch.int64)  # right by acc's measure, right by acc_norm's, truncated
+    counts = torch.zeros(4, dtype=torch.int64)  # right by acc's measure, right by acc_norm's, truncated, ranks stopped
     with tqdm(total=sum(map(len, batches)), unit="example", disable=not progress or rank > 0) as bar:
         for batch in batches:
+            if stop is not None and stop.number > 0:
+                break
             losses = score_batch(model, batch, device)
             lengths = torch.tensor([item.lengths for item in batch])
             labels = torch.tensor([item.example["label"] for item in batch])
             right, right_norm = ((values.argmin(1) == labels).sum() for values in (losses, losses / lengths))
-            counts += torch.tensor([right, right_norm, sum(item.truncated for item in batch)])
+            counts[:3] += torch.tensor([right, right_norm, sum(item.truncated for item in batch)])
             bar.update(len(batch))
             bar.set_postfix_str(f"acc {counts[0] / max(1, bar.n):.2%}, acc_norm {counts[1] / max(1, bar.n):.2%}")
     for module in in_training:
         module.training = True
+    counts[3] = stop is not None and stop.number > 0
     if distributed:
         counts = counts.to(device)
         dist.all_reduce(counts)
-    right, right_norm, truncated = counts.tolist()
+    right, right_norm, truncated, stops = counts.tolist()
+    if stops:
+        raise Interrupted
     n = len(examples)
     acc, acc_norm = right / n, right_norm / n
     return {"n": n, "acc": acc, "acc_norm": acc_norm, "acc_stderr": (acc * (1 - acc) / max(1, n - 1)) ** 0.5,
@@ -337,6 +349,39 @@ def matmul_seconds(dtype, tokens, inputs, outputs):
         F.linear(x, weight)
         tries.append(time.perf_counter() - started)
     return min(tries)
+
+
+# dense bf16 (fp16 where the chip has no bf16) TFLOP/s with sums in fp32, from NVIDIA's data sheets and white papers
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A10": 125, "L40S": 362,
+               "L4": 121, "T4": 65, "V100": 125, "A4000": 76.7, "RTX 3060": 25.5, "RTX 3070": 40.6, "RTX 3080": 59.5,
+               "RTX 3090": 71, "RTX 4060 Ti": 44.1, "RTX 4070": 58.3, "RTX 4080": 97.5, "RTX 4090": 165.2,
+               "RTX 5070": 61.7, "RTX 5080": 112.6, "RTX 5090": 209.5}
+
+
+def peak_flops(device_type):
+    """Of one device, or None where it is unknown."""
+    name = torch.cuda.get_device_name() if device_type == "cuda" else ""
+    for chip, teraflops in PEAK_TFLOPS.items():
+        if re.search(rf"\b{chip}\b(?! Ti| SUPER| D| Laptop|.* MIG)", name):
+            return teraflops * 1e12
+    return None
+
+
+def chip_name(device_type):
+    if device_type == "cuda":
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError, AttributeError):  # Linux alone says it here
+        with open("/proc/cpuinfo") as file:
+            return re.search(r"model name\s*: (.*)", file.read())[1]
+    return platform.machine()
+
+
+def peak_memory(device_type):
+    """In bytes, of this process so far."""
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # -----------------------------------------------------------------------------
 # the command line

@@ -17,10 +17,10 @@ import contextlib
 import ctypes
 import gc
 import hashlib
+import html
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -48,10 +49,15 @@ import hellaswag
 from fineweb import RunFailed, UserError, explaining, one_line
 
 HERE = Path(__file__).resolve().parent
-STARTED = time.time()
+STARTED = time.monotonic()
 
 # -----------------------------------------------------------------------------
 # config and presets: a field is a flag, its comment the flag's help
+#
+# Default, type and help of a flag stand in one line each, from which tyro makes the command line; a config file, or a
+# second list of names for checkpoints, would be a copy that drifts. The groups are not decoration: a resumed run may
+# change the flags of the last three (see MAY_CHANGE), for what stands in the others decides what the run computes.
+# A preset is only other defaults, so that there is one path through the code whatever the size of the model.
 
 @dataclass
 class ModelFlags:
@@ -124,7 +130,6 @@ class RecipeFlags:
     beta1: float = 0.9  # AdamW's decay of the mean gradient
     beta2: float = 0.95  # AdamW's decay of the mean square
     grad_clip: float = 1.0  # largest gradient norm; 0: no limit
-    momentum_warmup_steps: int = 0  # steps in which Muon's momentum rises from 0.85 to 0.95; 0: 0.95 at once
     seed: int = 1337  # seed of initialisation, data order and dropout
 
 
@@ -159,7 +164,6 @@ class SystemFlags:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     compile: bool = True  # torch.compile the blocks and the loss, where a compiler works
     deterministic: bool = False  # bit-for-bit repeatable on CUDA, slower
-    loss_chunks: int = 0  # parts in which the loss is computed, to save memory; 0: auto
     wandb: str | None = None  # log to this Weights & Biases project too
     tensorboard: bool = False  # log to TensorBoard too, in out_dir
     quiet: bool = False  # no progress bar or samples
@@ -196,10 +200,10 @@ PRESETS = {  # what differs from the defaults above; learning rates by size from
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, lr=3e-4),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, lr=2.5e-4),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, lr=2e-4),
-    "modern": dict(MODERN, lr=1.8e-3, momentum_warmup_steps=300),
+    "modern": dict(MODERN, lr=1.8e-3),
     "tiny": dict(MODERN, n_layer=3, n_head=4, n_embd=128, block_size=128, tokenizer="byte", compile=False, lr=6e-3,
-                 momentum_warmup_steps=50, warmup_steps=15, weight_decay=0.01, total_batch_size=3072, max_steps=300,
-                 eval_every=100, eval_tokens=65536, sample_every=100, checkpoint_every=100, hellaswag_every=0),
+                 warmup_steps=15, weight_decay=0.01, total_batch_size=3072, max_steps=300, eval_every=100,
+                 eval_tokens=65536, sample_every=100, checkpoint_every=100, hellaswag_every=0),
 }
 FINE_TUNING = dict(lr=5e-5, block_size=None, tokenizer=None)  # with --init_from; None: the model's
 
@@ -617,6 +621,14 @@ def sample_token(logits, temperature, top_k, generator):
 
 # -----------------------------------------------------------------------------
 # data: one order of windows that do not overlap, whatever the number of devices and the size of a micro-step
+#
+# A step takes the next total_batch_size / block_size windows of one global order; ranks and micro-steps only split
+# them. So losses can be compared between machines, a run goes on with another number of GPUs, and the loader's whole
+# state is the number of its next window. Windows at random offsets, as in nanoGPT, show some tokens twice and others
+# never, and their state is that of a generator. What it costs: windows are shuffled within a shard, shards among
+# themselves, so that a batch comes out of one or two shards; documents have to be shuffled before they become shards,
+# as hubs' are. Shards are mapped into memory anew for each batch: maps that stay open count as the memory of the
+# process.
 
 @lru_cache(maxsize=4)
 def permutation(n, *key):
@@ -643,6 +655,7 @@ class Corpus:
 
     def fingerprint(self):
         """A sha256 that tells this data from other, wherever it lies: of a text's tokens, or shards' sizes and ends."""
+        # Not of whole shards: to read 20 GB at every start would take minutes.
         digest = hashlib.sha256()
         for shard in self.shards:
             tokens = self.read(shard)
@@ -693,28 +706,26 @@ def training_batches(corpus, start, batch_size, world, seed):
             yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 
-NOT_PLAIN_TEXT = (".gz", ".zst", ".parquet", ".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+NOT_PLAIN_TEXT = (".gz", ".zst", ".parquet", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".npy", ".bin")
 
 
 def open_data(path, tokenizer, config):
     """The training and validation corpus of a folder of shards or a text file, for a GPTConfig. Raises UserError."""
     path = Path(path)
-    name = path.name.split(".")[0]
-    maker = shlex.join(["python", "fineweb.py", "--files", str(path), "--out", f"{name}_tokens"])
+    is_readable = path.suffix.lower() not in NOT_PLAIN_TEXT
     if path.is_dir():
-        own = fineweb.shard_tokenizer(path)
-        if own != tokenizer.name and not fineweb.same_tokenizer(fineweb.open_shard_tokenizer(path), tokenizer):
-            raise UserError(f"{path} holds {own} tokens, but the model has its own tokenizer, {tokenizer.name}")
         splits = {split: fineweb.list_shards(path, split) for split in ("train", "val")}
         fineweb.check_complete(path, splits["train"] + splits["val"])
-        for split, shards in splits.items():
-            if not shards:
-                raise UserError(f"{path}: no {split} shards (*_{split}_*.npy or .bin); of texts make some: {maker}")
+        is_readable = all(splits.values())
+    if not is_readable:
+        maker = shlex.join(["python", "fineweb.py", "--files", str(path), "--out", f"{path.name.split('.')[0]}_tokens"])
+        raise UserError(f"{path}: neither plain text nor a folder with train and val shards; for one shard give its "
+                        f"folder, --data {shlex.quote(str(path.parent))}; of texts make shards by: {maker}")
+    if path.is_dir():
+        name = fineweb.shard_tokenizer(path)
+        if name != tokenizer.name and not fineweb.same_tokenizer(fineweb.open_shard_tokenizer(path), tokenizer):
+            raise UserError(f"{path} holds {name} tokens, but the model has its own tokenizer, {tokenizer.name}")
     else:
-        if path.suffix.lower() in (".npy", ".bin"):
-            raise UserError(f"{path}: a shard; give the folder that holds it: --data {shlex.quote(str(path.parent))}")
-        if path.suffix.lower() in NOT_PLAIN_TEXT:
-            raise UserError(f"{path}: no plain text; make shards of it by: {maker}")
         tokens = np.array(tokenizer.encode(fineweb.decode_utf8(path.read_bytes(), path)), dtype=np.uint32)
         cut = len(tokens) * 9 // 10
         splits = {"train": [tokens[:cut]], "val": [tokens[cut:]]}
@@ -723,10 +734,18 @@ def open_data(path, tokenizer, config):
 
 # -----------------------------------------------------------------------------
 # optimizer and schedule
+#
+# AdamW's weight decay is for matrices: biases, norms and other vectors have no scale to keep in check. Muon makes the
+# updates of the blocks' matrices orthogonal, so that small directions learn as fast as large ones; embedding and
+# head, whose rows are words, stay with AdamW. Muon's updates are scaled to the size of AdamW's, and one --lr serves
+# both. Every schedule is a function of the step (and of the time, with --max_minutes) alone: nothing of it is in a
+# checkpoint.
 
 class BatchedMuon(torch.optim.Muon):
-    """torch.optim.Muon (Jordan et al. 2024) with adjust_lr_fn="match_rms_adamw" and the same updates and state, but all
-    matrices of one shape at a time: a tenth of the kernel launches."""
+    """torch.optim.Muon (Jordan et al. 2024) with adjust_lr_fn="match_rms_adamw": the same updates and state."""
+    # Why not torch's as it is: matrix by matrix it launches 1,380 kernels a step for the 60 of GPT-2 124M; this takes
+    # all matrices of one shape at a time and launches 100. To share them out among ranks would save at most 2% of a
+    # step on eight A100s, less the gather of all updates.
 
     @torch.no_grad()
     def step(self):
@@ -758,8 +777,7 @@ def orthogonalize(x, group):
 
 
 def make_optimizers(model, recipe, device_type):
-    """AdamW (Loshchilov & Hutter 2019) that decays matrices only; with --optimizer muon the blocks' matrices go to Muon
-    (Jordan et al. 2024), its updates scaled to AdamW's so that one learning rate serves both (Liu et al. 2025)."""
+    """AdamW (Loshchilov & Hutter 2019); and with --optimizer muon Muon for the blocks' matrices, scaled (Liu et al. 2025)."""
     for_muon = [p for p in model.h.parameters() if p.ndim == 2] if recipe.optimizer == "muon" else []
     taken = set(for_muon)
     rest = [p for p in model.parameters() if p not in taken]
@@ -771,300 +789,346 @@ def make_optimizers(model, recipe, device_type):
     return [adamw, BatchedMuon(for_muon, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")]
 
 
-def learning_rate(step, schedule, seconds=0.0):
-    """The learning rate of update number `step`, counted from 0, after so many seconds of training. Warm-up goes by
-    steps; what follows goes by the share of the run that is over, with --max_minutes by the share of the time."""
+# Nobody knows how many steps a time budget holds: a preset's warm-up of 715 could outlast it. So with --max_minutes the
+# schedule goes by time_share, the part of it that is over, and warm-up ends with its first tenth at the latest.
+def learning_rate(step, schedule, time_share=0.0):
+    """The learning rate of update number `step`, counted from 0."""
     peak, warmup_steps, max_steps = schedule.lr, schedule.warmup_steps, schedule.max_steps
     lowest = peak / 10 if schedule.min_lr is None else schedule.min_lr
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    time_share = seconds / (60 * schedule.max_minutes) if schedule.max_minutes else 0.0
+    if step < warmup_steps and time_share < 0.1:
+        return peak * max((step + 1) / warmup_steps, 10 * time_share)
     if schedule.schedule == "wsd":  # warm-up, stable, decay (Hu et al. 2024)
-        remaining = 1 - max(step / max_steps, time_share)
-        return lowest + (peak - lowest) * min(1.0, max(0.0, remaining) / max(1 / max_steps, schedule.decay_fraction))
+        remaining = max(0.0, 1 - max(step / max_steps, time_share))
+        return lowest + (peak - lowest) * min(1.0, remaining / max(1 / max_steps, schedule.decay_fraction))
     progress = min(1.0, max((step - warmup_steps) / max(1, max_steps - warmup_steps), time_share))
     return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def muon_momentum(step, recipe):
-    """Muon's momentum in the same update: it rises from 0.85 to 0.95 (modded-nanogpt, Jordan et al. 2024)."""
-    return 0.95 - 0.1 * max(0, recipe.momentum_warmup_steps - step) / max(1, recipe.momentum_warmup_steps)
+# A high momentum holds on to the first gradients, which soon point elsewhere (modded-nanogpt, Jordan et al. 2024).
+def muon_momentum(step, schedule, time_share=0.0):
+    """Muon's in the same update: from 0.85 it rises to 0.95, in 300 steps or the first sixth of a shorter run."""
+    return 0.85 + 0.1 * min(1.0, max(step / 300, 6 * step / schedule.max_steps, 6 * time_share))
 
 # -----------------------------------------------------------------------------
 # training
+#
+# A run is its config, the number of its steps and the tensors of a checkpoint; whatever else a step needs follows
+# from these: the windows from the step, dropout from a seed made of it, the rate from the schedule. So a checkpoint
+# holds no state of generators or loaders, which would be another one on another number of ranks, and a run that was
+# killed ends as if nobody had killed it. The host waits for the device once a step and ranks for one another once,
+# for a few numbers and a stop request: more often, and the device would run dry between micro-steps.
+
+# What a checkpoint holds beside config and tensors, in a new run. step: updates made. skipped: updates left out in a
+# row, since their gradients were not finite. seconds: of training, without each process's first step, which compiles;
+# that is timed_steps steps. total_seconds: of all processes so far, from their start. dtype: [device_type, dtype].
+NEW_RUN = dict(step=0, skipped=0, seconds=0.0, timed_steps=0, total_seconds=0.0, batch_size=None, dtype=None,
+               run_id=None, fingerprint=None)
+
 
 class Run:
     """A training run, new or resumed, as a command line asks for it. Raises UserError."""
 
     def __init__(self, argv, world):
-        config, given = read_flags(argv)
-        check_restarts(config.setup.resume)
-        notes = []
-        earlier = open_earlier_run(config.setup, world, notes)
-        state = earlier.state
-        if earlier.config:
-            config = resumed_config(config, given, earlier, notes)
+        flags, given = read_flags(argv)
+        # Locked before anything in it is read: a run that ends meanwhile would save a checkpoint newer than the one
+        # chosen here, and one that goes on would share its trackers with this.
+        world.lock_folder(flags.setup.out_dir)
+        checkpoint = open_checkpoint(flags.setup, world)
+        if checkpoint:
+            config, self.notes = resumed_config(flags, given, checkpoint.config), []
+            model, tokenizer, state = checkpoint.model, checkpoint.tokenizer, NEW_RUN | checkpoint.state
         else:
-            complete_config(config, given, notes)
-        check_out_dir(config.setup.out_dir)
-        model, tokenizer = (earlier.model, earlier.tokenizer) if state else new_model(config)
-        setup, recipe, system = config.setup, config.recipe, config.system
+            config, self.notes = flags, complete_config(flags, given)
+            (model, tokenizer), state = new_model(flags), NEW_RUN
+        setup, recipe, system, evaluation = config.setup, config.recipe, config.system, config.evaluation
         world.use_device(system.device, system.deterministic)
-
-        self.config, self.world, self.tokenizer = config, world, tokenizer
-        self.model = model.to(world.device)
-        self.model.loss_chunks = system.loss_chunks
+        self.config, self.world, self.model, self.tokenizer = config, world, model.to(world.device), tokenizer
         self.config.model = model.config
-        self.dtype, reason = choose_dtype(system.dtype, model.config, world, state.get("dtype"))
-        notes += [reason] if reason else []
-        self.step = state.get("step", 0)  # updates made
-        self.saved_step = self.step  # those in the newest checkpoint
-        self.skipped = state.get("skipped", 0)  # updates left out in a row, since their gradients were not finite
-        self.run_id = state.get("run_id", f"{time.time_ns():x}")
+        self.dtype, reason = choose_dtype(system.dtype, model.config, world, state["dtype"])
+        self.notes += [reason] if reason else []
         self.stopped = False  # by a signal to any rank
+        self.is_warm = False  # after the first step of this process
         self.token_bytes = tokenizer.token_bytes()
-        self.seconds = state.get("seconds", 0.0)  # of training, without a process's first step
-        self.timed_steps = state.get("timed_steps", 0)  # those that took these seconds
-        self.is_warm = False  # after the first step, which compiles
         if model.config.window:  # cuDNN's masked backward pass has given NaNs on Hopper (pytorch issue 196678)
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.train_data, self.val_data = open_data(setup.data, tokenizer, model.config)
-        self.fingerprint = self.train_data.fingerprint()
-        if state.get("fingerprint", self.fingerprint) != self.fingerprint:
-            raise UserError(f"--data {setup.data}: the run in {setup.out_dir} has other data, by its tokens; give its "
-                            "own, or begin a new run with --init_from and a checkpoint")
-        self.batch_size, self.micro_steps = split_batch(self, state.get("batch_size"))
-        self.ddp = model_to_train(self, notes)
+        self.batch_size, self.micro_steps = split_batch(self, state["batch_size"])
+        self.ddp = model_to_train(self)
         self.optimizers = make_optimizers(model, recipe, world.device_type)
         self.scaler = torch.amp.GradScaler(world.device_type, enabled=self.dtype == torch.float16)
-        if state:
-            for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-                optimizer.load_state_dict(saved)
-            if state["scaler"]:  # else it was not in float16
-                self.scaler.load_state_dict(state["scaler"])
-            notes.append(f"resumed from {earlier.folder} at step {self.step}")
+        self.load_state_dict(state)
+        self.forked_from = None  # the checkpoint of another run, which this one goes on from under an id of its own
+        if checkpoint:
+            self.notes.append(f"resumed from {checkpoint.folder} at step {self.step}")
+            if checkpoint.folder.resolve().parent != Path(setup.out_dir).resolve():
+                self.forked_from, self.run_id = str(checkpoint.folder), f"{time.time_ns():x}"
         first_window = self.step * recipe.total_batch_size // model.config.block_size
         self.batches = training_batches(self.train_data, first_window, self.batch_size, world, recipe.seed)
-        self.log = RunLog(self)
-        evaluation = config.evaluation
         self.hellaswag_examples = evaluation.hellaswag_every and load_hellaswag(evaluation.hellaswag_data, world)
-        print_summary(self, notes)
-        if state and earlier.folder.resolve() != Path(setup.out_dir, f"step_{self.step:06d}").resolve():
+        self.log = RunLog(self)
+        print_summary(self)
+        if checkpoint and checkpoint.folder.resolve() != Path(setup.out_dir, checkpoint_name(self.step)).resolve():
             self.saved_step = None  # of another place: from here on, what out_dir holds must be enough to resume
             self.save()
         self.stop = StopRequest()  # of this rank
 
+    def state_dict(self):
+        """Tensors and plain values. The place in the data and all randomness follow from the step."""
+        return {"config": self.config.flat(), "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "scaler": self.scaler.state_dict(), "step": self.step, "skipped": self.skipped,
+                "seconds": self.seconds, "timed_steps": self.timed_steps, "total_seconds": self.total_seconds(),
+                "batch_size": self.batch_size, "dtype": [self.world.device_type, str(self.dtype)[6:]],
+                "run_id": self.run_id, "fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state):
+        """What `state_dict` gave, or NEW_RUN; device, dtype and batch split are chosen before. Raises UserError."""
+        self.step = self.saved_step = state["step"]  # saved_step: of the newest checkpoint
+        self.skipped, self.seconds, self.timed_steps = state["skipped"], state["seconds"], state["timed_steps"]
+        self.earlier_seconds = state["total_seconds"]
+        self.run_id = state["run_id"] or f"{time.time_ns():x}"
+        self.fingerprint = self.train_data.fingerprint()
+        if state["fingerprint"] not in (None, self.fingerprint):
+            raise UserError(f"--data {self.config.setup.data}: the run has other data, by its tokens; give "
+                            "its own, or begin a new run with --init_from and a checkpoint")
+        for optimizer, saved in zip(self.optimizers, state.get("optimizers", [])):
+            optimizer.load_state_dict(saved)
+        if state.get("scaler"):  # else it was not in float16
+            self.scaler.load_state_dict(state["scaler"])
+
+    def total_seconds(self):
+        """Of this process and of those that the run goes on from, from their start."""
+        return self.earlier_seconds + time.monotonic() - STARTED
+
     def train_step(self):
         """One optimizer step. Returns what log.jsonl holds of it."""
-        started, recipe, world = time.time(), self.config.recipe, self.world
+        started, recipe, world = time.monotonic(), self.config.recipe, self.world
+        # One seed a step and rank: dropout is that of the uninterrupted run, and checkpoints need no generator's state.
         seed = np.random.SeedSequence((recipe.seed, self.step, world.rank)).generate_state(1)
-        torch.manual_seed(int(seed[0]))  # so that checkpoints need no generator state
+        torch.manual_seed(int(seed[0]))
         loss = torch.zeros((), device=world.device)
         for micro_step in range(self.micro_steps):
             x, y = next(self.batches)
             if world.distributed:  # all-reduce in the last micro-step only
                 self.ddp.require_backward_grad_sync = micro_step == self.micro_steps - 1
             with autocast(world.device_type, self.dtype):
+                # All micro-steps have as many targets: the mean of their means is the sum over tokens by their number.
                 micro_loss = self.ddp(x, y) / self.micro_steps
             self.scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
-        lr = learning_rate(self.step, self.config.schedule, self.seconds)
+        schedule, time_share = self.config.schedule, self.time_share()
+        lr = learning_rate(self.step, schedule, time_share)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
                 group["lr"] = lr
                 if "momentum" in group:  # Muon's
-                    group["momentum"] = muon_momentum(self.step, recipe)
+                    group["momentum"] = muon_momentum(self.step, schedule, time_share)
+        # The clip is asked for before the host reads its norm: until then the device has work, and loss and norm come
+        # in one read, the step's only one. It decides, for an update by a gradient that is not finite would spoil all
+        # weights; on all ranks alike, which have the same gradients; for both optimizers, where scaler.step would
+        # decide for each alone.
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip or math.inf)
-        loss, norm = torch.stack((loss, norm)).tolist()  # the step's one read from the device
-        is_finite = math.isfinite(norm)  # on all ranks alike, for they have the same gradients
+        loss, norm = torch.stack((loss, norm)).tolist()
+        is_finite = math.isfinite(norm)
         for optimizer in self.optimizers:
-            if is_finite:  # scaler.step would decide for each optimizer alone
+            if is_finite:
                 optimizer.step()
             optimizer.zero_grad()
         self.scaler.update()
-        mine = [loss / world.size, self.stop.time is not None, (time.time() - started) * (world.rank == 0)]
-        loss, stop, seconds = world.all_reduce(mine)  # the step's one small all-reduce; the time is rank 0's
-        tokens = recipe.total_batch_size
-        self.skipped = 0 if is_finite else self.skipped + 1
-        self.stopped = stop > 0
+        # The step's one small all-reduce. Rank 0's time is that of all: a budget must end on all in the same step.
+        seconds = time.monotonic() - started if world.rank == 0 else 0.0
+        sums = world.all_reduce([loss / world.size, seconds, self.stop.number > 0, self.stop.was_suspended])
+        loss, seconds, stops, suspensions = sums
+        self.stopped, self.stop.was_suspended = stops > 0, False
         self.step += 1
-        self.seconds += self.is_warm * seconds
-        self.timed_steps += self.is_warm
+        self.skipped = 0 if is_finite else self.skipped + 1
+        if self.is_warm and not suspensions:
+            self.seconds += seconds
+            self.timed_steps += 1
         self.is_warm = True
-        peak = peak_flops(world.device_type)
-        mfu = flops_per_token(self.model) * tokens / seconds / (peak * world.size) if peak else None
+        tokens = recipe.total_batch_size
         line = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": self.step * tokens, "seconds": seconds,
-                "tokens_per_second": tokens / seconds, "mfu": mfu}
-        return line if is_finite else {**line, "skipped": True}
+                "tokens_per_second": tokens / seconds, "mfu": self.mfu(tokens / seconds)}
+        if not is_finite:
+            line["skipped"] = True
+        if suspensions:
+            line["suspended"] = True
+        return line
+
+    def mfu(self, tokens_per_second):
+        """The share of the chips' peak FLOP/s that the model makes use of; None where the peak is unknown."""
+        peak = hellaswag.peak_flops(self.world.device_type)
+        return peak and flops_per_token(self.model) * tokens_per_second / (peak * self.world.size)
 
     def print(self, text):
         self.world.print(f"step {self.step:>6,}  {text}")
 
+    def time_share(self):
+        """The part of --max_minutes that is over; 0 without that limit."""
+        minutes = self.config.schedule.max_minutes
+        return self.seconds / (60 * minutes) if minutes else 0.0
+
     def is_over(self):
-        schedule = self.config.schedule
-        return self.step >= schedule.max_steps or 0 < 60 * schedule.max_minutes <= self.seconds
+        return self.step >= self.config.schedule.max_steps or self.time_share() >= 1
 
     def is_due(self, every):
-        """Whether it is time for what is done every so many steps (0: never) and after the last."""
-        return every > 0 and self.step > 0 and (self.is_over() or self.step % every == 0)
-
-    def state_dict(self):
-        """Tensors and plain values. The place in the data and all randomness follow from the step."""
-        return {"step": self.step, "config": self.config.flat(), "scaler": self.scaler.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "batch_size": self.batch_size, "dtype": [self.world.device_type, str(self.dtype)[6:]],
-                "seconds": self.seconds, "timed_steps": self.timed_steps, "skipped": self.skipped,
-                "run_id": self.run_id, "fingerprint": self.fingerprint}
+        """Whether it is time for what is done every so many steps (0: never) and after the last, if none stopped it."""
+        return every > 0 and self.step > 0 and not self.stopped and (self.is_over() or self.step % every == 0)
 
     def save(self):
         """Writes a checkpoint of this step, unless there is one. If the disk refuses, training goes on."""
-        if self.saved_step != self.step:
-            if self.world.from_rank_0(self.world.rank == 0 and save_checkpoint(self)):
-                self.saved_step = self.step
+        if self.saved_step != self.step and self.world.on_rank_0(save_checkpoint, self):
+            self.saved_step = self.step
 
 
 def training_loop(run):
-    every, world, schedule = run.config.evaluation, run.world, run.config.schedule
-    first_step = run.step + 1
-    total = schedule.max_steps if schedule.max_steps < NO_LIMIT else None
-    bar = tqdm(total=total, initial=run.step, unit="step", dynamic_ncols=True,
-               disable=run.config.system.quiet or world.rank > 0, mininterval=0.1 if sys.stderr.isatty() else 10)
+    evaluation = run.config.evaluation
+    first_step, max_steps = run.step + 1, run.config.schedule.max_steps
+    bar = tqdm(total=max_steps if max_steps < NO_LIMIT else None, initial=run.step, unit="step", dynamic_ncols=True,
+               disable=run.config.system.quiet or run.world.rank > 0, mininterval=0.1 if sys.stderr.isatty() else 10)
     while True:
-        if run.stopped or run.is_due(every.checkpoint_every):
+        # A turn begins with what is due after the step before it: so a resumed run does what its stop left undone, and
+        # the last weights are evaluated without a copy of these lines behind the loop.
+        if run.stopped or run.is_due(evaluation.checkpoint_every):
             run.save()
         if run.stopped:
             break
-        if run.is_due(every.eval_every):
-            log_validation(run)
-        if run.hellaswag_examples and run.is_due(every.hellaswag_every):
-            log_hellaswag(run)
-        if run.is_due(every.sample_every):
-            log_sample(run)
+        try:
+            if run.is_due(evaluation.eval_every):
+                log_validation(run)
+            if run.hellaswag_examples and run.is_due(evaluation.hellaswag_every):
+                log_hellaswag(run)
+            if run.is_due(evaluation.sample_every):
+                log_sample(run)
+        except hellaswag.Interrupted:  # on all ranks
+            run.stopped = True
+            continue
         if run.is_over():
             break
         line = run.train_step()
         collect_garbage(run.step, first_step)
         run.log.write("train", run.step, **line)
-        with contextlib.suppress(OSError):  # as in World.print
-            bar.set_postfix_str(f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, norm {line['grad_norm']:.3f}, "
-                                f"{line['tokens_per_second']:,.0f} tokens/s", refresh=False)
-            bar.update()
+        bar.set_postfix_str(f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, norm {line['grad_norm']:.3f}, "
+                            f"{line['tokens_per_second']:,.0f} tokens/s", refresh=False)
+        bar.update()
+        if line.get("suspended"):
+            run.print(f"suspended for some of {line['seconds']:,.0f} seconds, which do not count as training")
         if run.skipped:
             run.print("the gradient was not finite; the update was skipped")
         if run.skipped == 10:
             raise RunFailed(f"10 steps in a row had a gradient that was not finite, the last one step {run.step}; "
                             f"{describe_newest_checkpoint(run)}; lower --lr, or look at the data")
-    with contextlib.suppress(OSError):
-        bar.close()
-    if run.is_over():
+    bar.close()
+    if not run.stopped:
         log_end(run)
     run.log.close()
-    if run.saved_step != run.step and (run.stopped or every.checkpoint_every):
+    if run.saved_step != run.step and (run.stopped or evaluation.checkpoint_every):
         raise RunFailed(f"the last checkpoint could not be written; {describe_newest_checkpoint(run)}")
-    script = shlex.quote(os.path.relpath(HERE / "train_gpt2.py"))
-    out_dir = shlex.quote(run.config.setup.out_dir)
     if run.stopped:
-        is_one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-        torchrun = f"torchrun --standalone --nproc_per_node={world.size}" if is_one_node else "torchrun …"
-        launcher = torchrun if world.distributed else "python"
-        world.print(f"stopped by a signal at step {run.step:,}; go on with:\n"
-                    f"  {launcher} {script} --out_dir {out_dir} --resume")
+        run.world.print(f"stopped by a signal at step {run.step:,}; the same command with --resume goes on")
     elif run.saved_step == run.step:
-        world.print(f"done at step {run.step:,}; sample from the model with:\n"
-                    f"  python {script} sample --checkpoint {out_dir}/latest --prompt \"ROMEO:\"")
+        text = run.tokenizer.decode(run.val_data.read(run.val_data.shards[0])[1:100].tolist())
+        prompt = shlex.quote(" ".join(text.split()[1:5])[:40])  # some words of the validation text
+        script, out_dir = shlex.quote(os.path.relpath(HERE / "train_gpt2.py")), shlex.quote(run.config.setup.out_dir)
+        run.world.print(f"done at step {run.step:,}; sample from the model with:\n"
+                        f"  python {script} sample --checkpoint {out_dir}/latest --prompt {prompt}")
 
 
+# Python's collector runs here alone: within a step of one rank it would keep all waiting. What is there after the first
+# step stays, and need not be looked at again.
 def collect_garbage(step, first_step):
-    """Python's collector runs here alone: within a step of one rank it would keep all waiting."""
     if step == first_step or step % 1000 == 0:
         gc.collect()
     if step == first_step:
-        gc.freeze()  # what is there now stays
+        gc.freeze()
         gc.disable()
 
 
 class StopRequest:
-    """Notes the signals of users (SIGINT), of closing terminals (SIGHUP) and of clusters; the training loop ends after
-    the step at hand. A second one of the same kind stops at once: some systems send two kinds."""
+    """Notes the signals of users (SIGINT), closing terminals (SIGHUP) and clusters; the loop ends after its step."""
 
     def __init__(self):
-        self.time = self.number = None  # of the first signal
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        self.time = self.number = 0  # of the first signal
+        self.was_suspended = False  # since the last step
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
+                       signal.SIGCONT):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
                 signal.signal(number, self)
 
+    # A second signal of the same kind stops at once. Not of another: some systems send two. Not within three seconds
+    # under torchrun, which repeats a Ctrl-C that came here too: without that clock four of nine runs lost their last
+    # checkpoint, with it none of six. And not SIGXCPU, which the kernel repeats every second, also at the end. SIGCONT is no request: it
+    # ends a suspension by Ctrl-Z, which cannot be noted itself and which no clock tells, for they go on meanwhile.
     def __call__(self, number, frame):
-        grace = 3 if "TORCHELASTIC_RUN_ID" in os.environ else 0  # seconds: torchrun repeats a Ctrl-C that came here
-        if self.time is None:
-            self.time, self.number = time.time(), number
-        elif number == self.number and time.time() - self.time > grace:
+        grace = 3 if "TORCHELASTIC_RUN_ID" in os.environ else 0  # seconds
+        if number == signal.SIGCONT:
+            self.was_suspended = True
+        elif not self.number:
+            self.time, self.number = time.monotonic(), number
+            if number == signal.SIGXCPU:
+                signal.signal(number, signal.SIG_IGN)
+        elif number == self.number and time.monotonic() - self.time > grace:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 # -----------------------------------------------------------------------------
 # starting a run: a new one, or one that goes on from a checkpoint
+#
+# A flag's value is that of the command line, else the run's (resumed) or the preset's (new), else what follows from
+# other flags. Whether a flag was given cannot be seen in the config, where it may equal the default: `given` are
+# their names.
 
-# the flags that a resumed run may change: a flag stands in its group for this reason
-MAY_CHANGE = {flag.name for group in (ScheduleFlags, EvaluationFlags, SystemFlags) for flag in fields(group)}
-MAY_CHANGE.add("data")  # its place, not its content
+# the flags that a resumed run may change: a flag stands in its group for this reason; of the data the place may change
+MAY_CHANGE = {flag.name for group in (ScheduleFlags, EvaluationFlags, SystemFlags) for flag in fields(group)} | {"data"}
+PLACES = {"out_dir", "resume", "resume_from"}  # not the run's, but this command's
+FORMER_FLAGS = {"loss_chunks", "momentum_warmup_steps"}  # in older checkpoints; both follow from other flags now
 
 
-def check_out_dir(out_dir):
-    """Raises UserError where nothing can be written: before the work of starting, and before anything is made."""
-    path = Path(out_dir).absolute()
-    while not path.exists():
-        path = path.parent
-    with explaining(f"--out_dir {out_dir}: cannot be written", "choose another"):
-        tempfile.TemporaryFile(dir=path).close()
+# tyro does not tell them.
+def flags_given(argv):
+    words = [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
+    return {word.removeprefix("no_") for word in words}
 
 
 def read_flags(argv):
     """The config, and the names of the flags that were given."""
-    config = fineweb.parse_flags(TrainConfig, argv, prog="train_gpt2.py", description=__doc__)
-    words = [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]  # tyro does not tell
-    given = {word.removeprefix("no_") for word in words}
+    config, given = fineweb.parse_flags(TrainConfig, argv, prog="train_gpt2.py", description=__doc__), flags_given(argv)
     check_ranges(config.flat())
-    if config.setup.resume_from and "out_dir" not in given:
-        config.setup.out_dir = str(follow(config.setup.resume_from).resolve().parent)
+    if config.setup.resume_from:
+        config.setup.resume_from = str(follow(config.setup.resume_from).resolve())
+        if "out_dir" not in given:
+            config.setup.out_dir = str(Path(config.setup.resume_from).parent)
     return config, given
 
 
-def resumed_config(config, given, earlier, notes):
-    """The config of a run that goes on, with the flags of `config` that were given and may change."""
-    own, step = earlier.config, earlier.state.get("step", 0)
-    values, own_values = config.flat(), own.flat()
-    for name in given - MAY_CHANGE - {"out_dir", "resume", "resume_from"}:
-        new, old = values[name], own_values[name]
-        if new != old:
-            raise UserError(f"--{name} {new}: the run in {own.setup.out_dir} has {old}, and a resumed run cannot "
-                            f"change it; leave the flag out, or start a new run with another --out_dir")
-    last_lr = learning_rate(step - 1, own.schedule) if step else math.inf
+def resumed_config(flags, given, config):
+    """A checkpoint's config, with those of the flags that were given and may change."""
+    values, saved = flags.flat(), config.flat()
+    for name in given - MAY_CHANGE - PLACES:
+        if values[name] != saved[name]:
+            raise UserError(f"--{name} {values[name]}: the run in {config.setup.out_dir} has {saved[name]}, and a "
+                            f"resumed run cannot change it; leave it out, or start a new run with another --out_dir")
     changes = {name: values[name] for name in given & MAY_CHANGE}
-    own.update({"batch_size": "auto", **changes, "out_dir": config.setup.out_dir})
-    if not os.path.exists(own.setup.data):
-        raise UserError(f"{own.setup.data}, the run's data, is not there; if it was moved, give --data its new place")
-    lr = learning_rate(step, own.schedule)
-    if lr > 2 * last_lr and step >= own.schedule.warmup_steps:
-        notes.append(f"the learning rate jumps from {last_lr:.1e} back to {lr:.1e}, for the run had decayed already: "
-                     "--resume_from a checkpoint before its decay wastes less")
-    return own
+    config.update({"batch_size": "auto", **changes, "out_dir": flags.setup.out_dir})
+    if not os.path.exists(config.setup.data):
+        raise UserError(f"{config.setup.data}, the run's data, is not there; give --data its new place")
+    return config
 
 
-def complete_config(config, given, notes):
-    """Gives the flags of a new run that were left alone their values, by the preset and then by what was set."""
-    setup, schedule, recipe = config.setup, config.schedule, config.recipe
+def complete_config(config, given):
+    """Gives the flags of a new run that were left alone their values. Returns notes for the user."""
+    setup, schedule, notes = config.setup, config.schedule, []
     setup.data = find_data(setup.data)
     has_shards = os.path.isdir(setup.data)
     setup.preset = setup.preset or ("gpt2" if has_shards else "tiny")
     config.update(PRESETS[setup.preset], keep=given)
-    if schedule.max_minutes and "max_steps" not in given:
-        schedule.max_steps = NO_LIMIT
-    for group, name, share in ((schedule, "warmup_steps", 10), (recipe, "momentum_warmup_steps", 5)):
-        longest = schedule.max_steps // share
-        if getattr(group, name) > longest and name not in given:
-            setattr(group, name, longest)
-            notes.append(f"--{name} {longest}: shortened to a {'tenth' if share == 10 else 'fifth'} of the run")
+    if schedule.max_minutes:
+        notes.append(f"warm-up takes {schedule.warmup_steps} steps (--warmup_steps), at most a tenth of --max_minutes")
+        if "max_steps" not in given:
+            schedule.max_steps = NO_LIMIT
+    if schedule.warmup_steps > schedule.max_steps // 10 and "warmup_steps" not in given:
+        schedule.warmup_steps = schedule.max_steps // 10
+        notes.append(f"--warmup_steps {schedule.warmup_steps}: shortened to a tenth of the run")
     if setup.init_from != "scratch":
         shape_flags = given & {flag.name for flag in fields(ModelFlags)} - {"dropout", "block_size"}
         if shape_flags:
@@ -1074,6 +1138,7 @@ def complete_config(config, given, notes):
         wanted, setup.tokenizer = setup.tokenizer, fineweb.shard_tokenizer(setup.data)
         if "tokenizer" in given and wanted != setup.tokenizer:
             raise UserError(f"--tokenizer {wanted}: {setup.data} holds {setup.tokenizer} tokens")
+    return notes
 
 
 def new_model(config):
@@ -1106,7 +1171,8 @@ def choose_dtype(name, model_config, world, previous=None):
     if name == "auto" and previous and previous[0] == world.device_type:
         name = previous[1]
     matmul = (256, model_config.n_embd, model_config.n_hidden)
-    return world.from_rank_0(world.rank == 0 and hellaswag.pick_dtype(name, world.device_type, matmul, torch.float16))
+    # Rank 0 alone asks its clock: another rank could find another dtype the faster one.
+    return world.on_rank_0(hellaswag.pick_dtype, name, world.device_type, matmul, torch.float16)
 
 
 def split_batch(run, previous):
@@ -1125,7 +1191,9 @@ def split_batch(run, previous):
         elif world.device_type == "cuda":
             size = largest_batch(run.model, [size for size in sizes if size.bit_count() == 1], world, run.dtype)
         else:
-            size = max(size for size in sizes if size == 1 or size * T <= 8192)  # a CPU gains nothing from more
+            # A CPU gains nothing from more. It must divide: half of a size need not, and would leave a smaller
+            # micro-step.
+            size = max(size for size in sizes if size == 1 or size * T <= 8192)
     must_divide("batch_size", size, "a device's sequences in a step,", sequences)
     return size, sequences // size
 
@@ -1155,11 +1223,10 @@ def largest_batch(model, sizes, world, dtype):
 
 
 def is_out_of_memory(error):
-    """Whether it is CUDA's, MPS's or the CPU's."""
     return "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
-def model_to_train(run, notes):
+def model_to_train(run):
     """The model: compiled where that is wanted and works, under torchrun in DDP's wrapper."""
     run.is_compiled = run.config.system.compile and run.world.device_type != "mps"
     if run.is_compiled:
@@ -1167,7 +1234,7 @@ def model_to_train(run, notes):
             torch.compile(torch.sin)(torch.zeros(8, device=run.world.device))
         except Exception as error:  # no C++ compiler, no Triton, an unknown chip, ...
             run.is_compiled = False
-            notes.append(f"training uncompiled, slower, for the compiler does not work here ({one_line(error)})")
+            run.notes.append(f"training uncompiled, slower, for the compiler does not work here ({one_line(error)})")
     if run.is_compiled:
         has_room = run.world.device_type == "cuda" and torch.cuda.mem_get_info()[1] > 40e9  # bytes
         run.model.compile_blocks(recompute=not has_room)
@@ -1182,7 +1249,7 @@ def model_to_train(run, notes):
     return ddp
 
 
-def print_summary(run, notes):
+def print_summary(run):
     """What was chosen, and the flags that choose otherwise."""
     setup, world, T = run.config.setup, run.world, run.model.config.block_size
     steps, tokens = run.config.schedule.max_steps, run.config.recipe.total_batch_size
@@ -1193,71 +1260,86 @@ def print_summary(run, notes):
     lengths += [f"{steps:,} steps, {steps * tokens / train:.2f} times through the data"] if steps < NO_LIMIT else []
     is_new = setup.init_from == "scratch"
     name = setup.preset if is_new else f"{setup.init_from}, fine-tuned by the recipe of {setup.preset}"
+    parts = [part for part in ("rope", "rmsnorm", "swiglu", "qk_norm") if getattr(run.model.config, part)]
     if model_type_of(run.model.config) == OWN_TYPE:
-        notes.append("Transformers has no such mixture of parts: only this script will read the checkpoints")
+        run.notes.append("Transformers has no such mixture of parts: only this script will read the checkpoints")
     lines = [
         f"data    {setup.data}: {train:,} tokens to train on, {val:,} to validate, {setup.tokenizer} (--data)",
-        f"model   {name}: {run.model.num_parameters():,} parameters (--preset, --init_from)",
+        f"model   {name}: {run.model.num_parameters():,} parameters, {' '.join(parts)} (--preset, --init_from)",
         f"device  {world.size} x {world.device_type}, {str(run.dtype)[6:]}, {compiled} (--device, --dtype, --compile)",
         f"batch   {tokens:,} tokens a step = {world.size} device(s) x {run.micro_steps} micro-step(s) x "
         f"{run.batch_size} sequence(s) x {T} tokens (--total_batch_size, --batch_size)",
         f"run     {' or '.join(lengths)}, logged and saved in {setup.out_dir}/ (--max_steps, --max_minutes, --out_dir)",
     ]
-    world.print("\n".join(lines + [f"note    {note}" for note in notes]))
+    world.print("\n".join(lines + [f"note    {note}" for note in run.notes]))
 
 # -----------------------------------------------------------------------------
 # evaluation and samples: through the raw model, on all ranks; no training number depends on them
+#
+# Validation covers one fixed set of tokens, whatever the batch size and the number of ranks, so that losses of
+# different machines can be compared; random batches, as in nanoGPT, are another set each time. Ranks do not wait for
+# one another within it, as they would in DDP's wrapper, which hangs where one has a batch more. A cluster that takes
+# its machines back waits half a minute, not for an evaluation: a signal ends it between two batches, without a
+# figure.
 
 @torch.no_grad()
-def validate(model, corpus, tokens, batch_size, world, dtype, token_bytes):
+def validate(model, corpus, tokens, batch_size, world, dtype, token_bytes, stop=None):
     """Mean loss in nats over the first `tokens` tokens of the corpus, rounded up to windows, and in bits per byte of
-    their text, for any batch_size and world size: ranks take turns, and short batches are filled with ignored rows."""
+    their text. Raises hellaswag.Interrupted on all ranks where any one's StopRequest `stop` was set meanwhile."""
+    # Ranks take turns, and short batches are filled with ignored rows: a compiled model would compile each new shape.
     num_windows = min(corpus.num_windows, math.ceil(tokens / corpus.block_size))
-    mine = [corpus.find(i, np.arange(len(corpus.shards))) for i in range(world.rank, num_windows, world.size)]
+    share = [corpus.find(i, np.arange(len(corpus.shards))) for i in range(world.rank, num_windows, world.size)]
     model.eval()
     sums = [torch.zeros((), device=world.device)]  # a rank may have no window
     num_bytes = 0
-    for i in range(0, len(mine), batch_size):
-        batch = corpus.read_windows(mine[i:i + batch_size])
+    for i in range(0, len(share), batch_size):
+        if stop is not None and stop.number:
+            break
+        batch = corpus.read_windows(share[i:i + batch_size])
         num_bytes += int(token_bytes[batch[:, 1:].numpy()].sum())
         batch = F.pad(batch, (0, 0, 0, batch_size - len(batch)), value=-1).to(world.device)
         x, y = batch[:, :-1].clamp(min=0), batch[:, 1:].contiguous()
         with autocast(world.device_type, dtype):
             sums.append(model(x, y) * (y >= 0).sum())
     model.train()
-    total, num_bytes = world.all_reduce([math.fsum(torch.stack(sums).tolist()), num_bytes])
+    is_stopped = stop is not None and stop.number > 0
+    total, num_bytes, stops = world.all_reduce([math.fsum(torch.stack(sums).tolist()), num_bytes, is_stopped])
+    if stops:
+        raise hellaswag.Interrupted
     return total / (num_windows * corpus.block_size), total / math.log(2) / max(1, num_bytes)
 
 
 def log_validation(run):
-    tokens = run.config.evaluation.eval_tokens
-    loss, bpb = validate(run.model, run.val_data, tokens, run.batch_size, run.world, run.dtype, run.token_bytes)
+    tokens, world = run.config.evaluation.eval_tokens, run.world
+    loss, bpb = validate(run.model, run.val_data, tokens, run.batch_size, world, run.dtype, run.token_bytes, run.stop)
     perplexity = math.exp(min(loss, 700))
-    checkpoints = list_checkpoints(run.config.setup.out_dir)
     run.log.write("val", run.step, loss=loss, perplexity=perplexity, bpb=bpb)
-    if run.world.rank == 0 and run.saved_step == run.step == run.log.best_step(checkpoints):
-        point_to(checkpoints[run.step], "best")
-        delete_old_checkpoints(run)
+    if world.rank == 0 and run.saved_step == run.step:
+        best = follow(Path(run.config.setup.out_dir, "best"))
+        best_loss = run.log.vals.get(best.name, {}).get("loss") if best.exists() else None
+        if best_loss is None or loss <= best_loss:
+            point_to(best.parent / checkpoint_name(run.step), "best")
+            delete_old_checkpoints(run)
     run.print(f"validation loss {loss:.4f}, perplexity {perplexity:,.2f}, {bpb:.4f} bits per byte  "
               f"(best loss {run.log.best('loss'):.4f})")
 
 
 def log_end(run):
     """The figures of a finished run, for a script to read: the last line of log.jsonl, and a line each here."""
-    tokens, flops, device_type = run.config.recipe.total_batch_size, flops_per_token(run.model), run.world.device_type
-    peak, speed = peak_flops(device_type), run.timed_steps * tokens / max(run.seconds, 1e-9)
-    last = run.log.vals[-1] if run.log.vals else {}
+    tokens = run.config.recipe.total_batch_size
+    speed = run.timed_steps * tokens / max(run.seconds, 1e-9)
+    last = run.log.vals.get(checkpoint_name(run.step), {})  # none where validation is off
     numbers = {
         "val_loss": last.get("loss"), "val_bpb": last.get("bpb"), "best_val_loss": run.log.best("loss"),
         "best_val_bpb": run.log.best("bpb"), "tokens": run.step * tokens, "training_seconds": run.seconds,
-        "total_seconds": time.time() - STARTED, "tokens_per_second": speed,
-        "mfu": flops * speed / (peak * run.world.size) if peak else None,
-        "peak_memory_gb": peak_memory(device_type) / 1e9, "parameters": run.model.num_parameters(),
+        "total_seconds": run.total_seconds(), "tokens_per_second": speed, "mfu": run.mfu(speed),
+        "peak_memory_gb": hellaswag.peak_memory(run.world.device_type) / 1e9, "parameters": run.model.num_parameters(),
     }
     run.log.write("done", run.step, **numbers)
     lines = ["---"]
     for name, value in numbers.items():
-        lines.append(f"{name + ':':<19}" + (f"{value:.6g}" if isinstance(value, float) else str(value)))
+        if value is not None:
+            lines.append(f"{name + ':':<19}" + (f"{value:.6g}" if isinstance(value, float) else str(value)))
     run.world.print("\n".join(lines))
 
 
@@ -1281,12 +1363,18 @@ def stream_text(model, tokenizer, flags, generator):
     yield tokenizer.decode(ids)[len(shown):]
 
 
+# Every rank makes the same text; in float32, for to cast all weights for one token costs more than it saves.
 def log_sample(run):
-    """Every rank makes the same text; in float32, for to cast all weights for one token costs more than it saves."""
     prompt = "Hello, I'm a language model," if run.tokenizer.name == "gpt2" else "\n"
     flags = SampleFlags(prompt=prompt, max_new_tokens=200)
     generator = torch.Generator(run.world.device).manual_seed(flags.seed)
-    text = prompt + "".join(stream_text(run.model, run.tokenizer, flags, generator))
+    text = prompt
+    for piece in stream_text(run.model, run.tokenizer, flags, generator):
+        text += piece
+        if run.stop.number:
+            break
+    if run.world.all_reduce([run.stop.number])[0]:
+        raise hellaswag.Interrupted
     run.log.write("sample", run.step, text=text)
     if not run.config.system.quiet:
         run.print(f"sample:\n{text.strip()}\n")
@@ -1294,29 +1382,40 @@ def log_sample(run):
 
 def load_hellaswag(path, world):
     """The examples, which rank 0 reads for all. Without a path, None if they cannot be downloaded."""
-    examples = None
     try:
         examples = hellaswag.load_examples(path) if world.rank == 0 else None
     except UserError as error:
         if path:
             raise
+        examples = None
         world.print(f"HellaSwag is left out: {error}")
     return world.from_rank_0(examples)
 
 
-def score_hellaswag(model, examples, tokenizer, world, dtype):
+def score_hellaswag(model, examples, tokenizer, world, dtype, stop=None):
     """hellaswag.evaluate's dict; all ranks share the work."""
     with autocast(world.device_type, dtype), changing_shapes():
-        return hellaswag.evaluate(model, examples, tokenizer.encode, style="completion", device=world.device)
+        return hellaswag.evaluate(model, examples, tokenizer.encode, style="completion", device=world.device, stop=stop)
 
 
 def log_hellaswag(run):
-    score = score_hellaswag(run.model, run.hellaswag_examples, run.tokenizer, run.world, run.dtype)
+    score = score_hellaswag(run.model, run.hellaswag_examples, run.tokenizer, run.world, run.dtype, run.stop)
     run.log.write("hellaswag", run.step, acc=score["acc"], acc_norm=score["acc_norm"], n=score["n"])
     run.print(f"HellaSwag acc {score['acc']:.2%}, acc_norm {score['acc_norm']:.2%} of {score['n']:,}")
 
 # -----------------------------------------------------------------------------
 # checkpoints and the log
+#
+# A checkpoint is written under another name, flushed and then renamed: whenever the machine dies, the folders named
+# step_N are whole. `latest` and `best` are links to them; what they name is a question of which folder is open or
+# named, never of its content. Damage is looked for anyway, since disks and copies do what they like: --resume takes
+# the newest checkpoint that opens. The log is text that any program reads, and the only record of what the run was:
+# of it a resumed run keeps all lines that are still true, as they stand, and reads it line by line, however long it
+# is.
+
+def checkpoint_name(step):
+    return f"step_{step:06d}"
+
 
 def list_checkpoints(out_dir):
     """{step: checkpoint folder}, oldest first."""
@@ -1325,16 +1424,14 @@ def list_checkpoints(out_dir):
 
 
 def describe_newest_checkpoint(run):
-    """For a message."""
     folders = list(list_checkpoints(run.config.setup.out_dir).values())
     return f"the last good checkpoint is {folders[-1]}" if folders else "no checkpoint was written"
 
 
 def save_checkpoint(run):
-    """Writes out_dir/step_NNNNNN under a temporary name, flushes and renames it, points `latest` to it and deletes the
-    oldest. Returns whether it could be written; if not, it says so and the older ones stay."""
-    out_dir = Path(run.config.setup.out_dir)
-    folder = out_dir / f"step_{run.step:06d}"
+    """Whether a checkpoint could be written; if not, it says so, and the older ones stay."""
+    out_dir = current_place(run)
+    folder = out_dir / checkpoint_name(run.step)
     temporary = out_dir / f".tmp_{folder.name}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -1354,14 +1451,30 @@ def save_checkpoint(run):
     return True
 
 
+# The run follows a folder that was moved, whose log it holds open: else half of it would land in a new one of the old
+# name. Linux tells where an open folder is.
+def current_place(run):
+    setup = run.config.setup
+    place = os.path.realpath(f"/proc/self/fd/{run.world.lock}")
+    if os.path.isdir(place) and place != os.path.realpath(setup.out_dir):
+        run.print(f"{setup.out_dir} was moved: the run goes on in {place}")
+        setup.out_dir = place
+    return Path(setup.out_dir)
+
+
 def delete_old_checkpoints(run):
     """All but the best one and the newest."""
     out_dir, keep = Path(run.config.setup.out_dir), run.config.evaluation.keep_checkpoints
-    older = {step: old for step, old in list_checkpoints(out_dir).items() if step <= run.step}  # newer ones are damaged
-    best = (run.log.best_step(older), follow(out_dir / "best").name)  # by the log, and by the link
-    for step in list(older)[:-keep] if keep else []:
-        if step != best[0] and older[step].name != best[1]:
-            shutil.rmtree(older[step], ignore_errors=True)
+    older = [path for step, path in list_checkpoints(out_dir).items() if step <= run.step]  # newer ones are damaged
+    for folder in older[:-keep] if keep else []:
+        if folder.name != follow(out_dir / "best").name:
+            shutil.rmtree(folder, ignore_errors=True)
+    delete_unfinished_saves(out_dir)
+
+
+def delete_unfinished_saves(out_dir):
+    for folder in Path(out_dir).glob(".tmp_step_*"):  # of a process that was killed: a whole checkpoint each
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def point_to(folder, name):
@@ -1381,10 +1494,12 @@ def point_to(folder, name):
 
 
 def follow(path):
-    """The checkpoint that `point_to` made `path` name; another path as it is."""
+    """The folder that a path given for a checkpoint means: by `point_to` that named, of a run's folder the newest."""
     path = Path(path)
     if path.is_file() and path.stat().st_size < 100:
         return path.parent / path.read_text().strip()
+    if (path / "latest").exists():
+        return follow(path / "latest")
     return path.resolve() if path.is_symlink() else path
 
 
@@ -1400,10 +1515,12 @@ def load_state(folder, mmap=False):
     path = Path(folder) / "train_state.pt"
     if not path.exists():
         raise UserError(f"{path}: not there, so this is no checkpoint; a model alone is fine-tuned by --init_from")
-    # what cannot be read now is not damaged
+    # What cannot be read now, of a disk that is away, is not damaged: that error ends the program, and nothing begins
+    # anew for it. Torn files are found by zipfile, since torch's error for them is the disk's, an OSError.
     with explaining(f"{path}: damaged, or of another version of this script", but=(OSError, MemoryError)):
+        zipfile.ZipFile(path).close()
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        return state, TrainConfig(model=GPTConfig()).update(state["config"])
+        return state, TrainConfig(model=GPTConfig()).update(state["config"], keep=FORMER_FLAGS)
 
 
 def load_checkpoint(folder):
@@ -1419,8 +1536,9 @@ def load_checkpoint(folder):
 
 def choose_checkpoint(setup, world):
     """The newest good checkpoint of out_dir with --resume, or that of --resume_from; None to begin a run."""
+    delete_unfinished_saves(setup.out_dir)
     out_dir, folders = Path(setup.out_dir).resolve(), list_checkpoints(setup.out_dir)
-    is_own = setup.resume or setup.resume_from and follow(setup.resume_from).resolve().parent == out_dir
+    is_own = setup.resume or setup.resume_from and Path(setup.resume_from).parent == out_dir
     if not is_own and (folders or (out_dir / "log.jsonl").exists()):
         raise UserError(f"{setup.out_dir} already holds a run; add --resume, or choose another --out_dir")
     if setup.resume:
@@ -1431,104 +1549,154 @@ def choose_checkpoint(setup, world):
                 world.print(f"not resumed from {folder.name}: {error}")
     if not setup.resume_from:
         return None
-    checkpoint = load_checkpoint(follow(setup.resume_from).resolve())
+    checkpoint = load_checkpoint(Path(setup.resume_from))
     if not setup.resume and max(folders, default=0) > checkpoint.state["step"]:
         raise UserError(f"{folders[max(folders)]} is newer than --resume_from: delete it, or give another --out_dir")
     return checkpoint
 
 
-def open_earlier_run(setup, world, notes):
-    """What to go on from, on every rank: the checkpoint that rank 0 chooses. Without one its state is empty, its config
-    None, or that of a run which left only a log in out_dir and now begins anew."""
+def open_checkpoint(setup, world):
+    """The checkpoint that rank 0 chooses, on every rank; None to begin a run."""
     checkpoint = choose_checkpoint(setup, world) if world.rank == 0 else None
     folder = world.from_rank_0(checkpoint and checkpoint.folder)
-    if folder:
-        return checkpoint or load_checkpoint(folder)
-    path, config = Path(setup.out_dir, "log.jsonl"), None
-    log = world.from_rank_0(read_log(path) if path.exists() else [])
-    if log:
-        notes.append(f"no good checkpoint in {setup.out_dir}: its run begins anew, its log so far is {path.name}.old")
-        config = TrainConfig(model=GPTConfig()).update(log[0], keep=("kind", "run_id"))
-    elif setup.resume:
-        notes.append(f"nothing to resume in {setup.out_dir}: a new run")
-    return SimpleNamespace(state={}, config=config)
+    return checkpoint or folder and load_checkpoint(folder)
 
 
 class RunLog:
-    """log.jsonl, one object a line, and the trackers beside it. Only rank 0 writes."""
+    """log.jsonl, one object a line, and the trackers beside it. Only rank 0 writes, and knows the validations."""
 
     def __init__(self, run):
-        system, out_dir = run.config.system, run.config.setup.out_dir
-        self.path = Path(out_dir, "log.jsonl")
-        lines = read_log(self.path) if run.step and self.path.exists() else []
-        about = {"kind": "config", "run_id": run.run_id, **run.config.flat()}
-        # This step's validation and samples are made again, where they are due; its training line stays.
-        kept = ("train",) if run.is_due(run.config.evaluation.eval_every) else ("train", "val")
-        lines = [line for line in lines if line.get("step", 0) < run.step + (line["kind"] in kept)] or [about]
-        self.vals = [line for line in lines if line["kind"] == "val"]
+        self.path = Path(run.config.setup.out_dir, "log.jsonl")
+        self.vals = {}  # {name of the step's checkpoint: what log.jsonl holds of its validation}
         self.file = self.wandb = self.tensorboard = None
         self.opened = contextlib.ExitStack()
-        if run.world.rank > 0:
-            return
-        if system.wandb:
+        if run.world.rank == 0:
+            if run.step == 0:
+                check_lost_run(run, self.path)
+            config_line = describe_run(run)
+            self.open_trackers(run, config_line)
+            self.open_file(run, config_line)
+
+    def open_trackers(self, run, config_line):
+        project, out_dir = run.config.system.wandb, Path(run.config.setup.out_dir)
+        if project:
             import wandb
-            with explaining(f"--wandb {system.wandb}: Weights & Biases does not start",
+            self.wandb = wandb
+            with explaining(f"--wandb {project}: Weights & Biases does not start",
                             "run `wandb login` first, or set WANDB_MODE=offline"):
-                self.wandb = wandb.init(project=system.wandb, id=run.run_id, resume="allow", config=about, dir=out_dir)
+                self.wandb.init(project=project, id=run.run_id, name=out_dir.resolve().name, dir=out_dir,
+                                config=config_line, resume="allow", allow_val_change=True)
             self.opened.callback(self.wandb.finish)
             self.wandb.define_metric("*", step_metric="step")  # not by its own count of calls
-        if system.tensorboard:
+        if run.config.system.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.tensorboard = self.opened.enter_context(SummaryWriter(out_dir, purge_step=run.step + 1))
-        run.world.lock = fineweb.lock_folder(out_dir)
+            self.tensorboard.add_text("config", f"```\n{json.dumps(config_line, indent=2)}\n```", run.step)
+
+    def open_file(self, run, config_line):
+        """Keeps of an earlier log what is still true, and adds the run's config unless it is that of the last."""
         if run.step == 0 and self.path.exists():
             self.path.replace(f"{self.path}.old")
+        last_config = {}
         with fineweb.replacing(self.path) as f:
-            f.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            for line in read_log(self.path):
+                if is_kept(line, run):
+                    f.write(json.dumps(line).encode() + b"\n")
+                    if line["kind"] == "config":
+                        last_config = line
+                    if line["kind"] == "val":
+                        self.vals[checkpoint_name(line["step"])] = line
+            if any(last_config.get(name) != config_line[name] for name in config_line.keys() - PLACES - {"step"}):
+                f.write(json.dumps(config_line).encode() + b"\n")
         self.file = self.opened.enter_context(open(self.path, "a", buffering=1))
 
     def write(self, kind, step, **values):
+        if self.file is None:
+            return
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 values[name] = None  # JSON has no nan
         if kind == "val":
-            self.vals.append({"step": step, **values})
-        if self.file is None:
-            return
+            self.vals[checkpoint_name(step)] = values
         line = json.dumps({"kind": kind, "step": step, **values})
         with explaining(f"{self.path}: cannot be written", "free some space, then add --resume", kind=RunFailed):
             self.file.write(line + "\n")
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
+        text = values.get("text")
         if self.wandb:
-            self.wandb.log({"step": step, **numbers})
+            shown = {kind: self.wandb.Html(f"<pre>{html.escape(text)}</pre>")} if text else numbers
+            self.wandb.log({"step": step, **shown})
         if self.tensorboard:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, step)
+            if text:
+                self.tensorboard.add_text(kind, f"```\n{text}\n```", step)
 
     def best(self, name):
         """The least validation loss or bpb so far."""
-        return min((line[name] for line in self.vals if line.get(name)), default=math.inf)
-
-    def best_step(self, steps):
-        """That of the least validation loss, among these; None if there is none."""
-        found = [(line["loss"], line["step"]) for line in self.vals if line.get("loss") and line["step"] in steps]
-        return min(found, default=(math.inf, None))[1]
+        return min((line[name] for line in self.vals.values() if line.get(name)), default=math.inf)
 
     def close(self):
         self.opened.close()
 
 
+# With a log but no good checkpoint --resume begins that run anew, but not another one in its place.
+def check_lost_run(run, path):
+    earlier = next((line for line in read_log(path) if line["kind"] == "config"), {})
+    for name, value in run.config.flat().items():
+        if name not in MAY_CHANGE | PLACES and earlier.get(name, value) != value:
+            raise UserError(f"--{name} {value}: {path} is of a run with {earlier[name]}, without a good checkpoint; to "
+                            "begin that run anew give its own flags, or choose another --out_dir")
+    if path.exists():
+        run.notes.append(f"no good checkpoint in {path.parent}: its run begins anew, its log so far is {path.name}.old")
+    elif run.config.setup.resume:
+        run.notes.append(f"nothing to resume in {path.parent}: a new run")
+
+
+def describe_run(run):
+    """The config line of log.jsonl: the flags, and what was chosen."""
+    world, config = run.world, run.config
+    chosen = {"device": world.device, "chip": hellaswag.chip_name(world.device_type), "world_size": world.size,
+              "dtype": str(run.dtype)[6:], "compiled": run.is_compiled, "batch_size": run.batch_size,
+              "micro_steps": run.micro_steps, "torch": torch.__version__, "numpy": np.__version__,
+              "script_sha256": fineweb.sha256_of(__file__)}
+    return {"kind": "config", "step": run.step, "run_id": run.run_id, "forked_from": run.forked_from, "chosen": chosen,
+            **config.flat()}
+
+
+def is_kept(line, run):
+    """Whether a line of an earlier log is still true: not of later steps, nor of this one if it is made again now."""
+    evaluation, kind, step = run.config.evaluation, line["kind"], line.get("step", 0)  # older config lines have none
+    if step != run.step:
+        return step < run.step
+    every = {"train": 0, "val": evaluation.eval_every, "sample": evaluation.sample_every,
+             "hellaswag": run.hellaswag_examples and evaluation.hellaswag_every}
+    return kind in every and not (every[kind] and run.is_due(every[kind]))
+
+
 def read_log(path):
-    """The lines of a log.jsonl; those that a killed run or machine left unfinished are left out."""
-    lines = []
-    with open(path, errors="replace") as f:
-        for line in f:
+    """Yields the lines of a log.jsonl, without a file none; not what a killed run left unfinished or others wrote."""
+    with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as f:
+        for text in f:
             with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
-    return lines
+                line = json.loads(text)
+                if is_log_line(line):
+                    yield line
+
+
+def is_log_line(line):
+    if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
+        return False
+    step = line.get("step", 0 if line["kind"] == "config" else None)
+    numbers = [line.get(name) or 0 for name in ("loss", "bpb", "acc_norm")]
+    return type(step) is int and all(type(number) in (int, float) for number in numbers)
 
 # -----------------------------------------------------------------------------
 # processes and chips
+#
+# All that knows of more than one process is here, but for DDP's wrapper in model_to_train: the rest asks `world`,
+# which of a single process is a world of one. Numbers and objects go over gloo, even with GPUs: that needs no memory
+# there, and does not wait for the kernels that are still running.
 
 class World:
     """The processes of the run, as torchrun started them; alone without it."""
@@ -1538,11 +1706,7 @@ class World:
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ["WORLD_SIZE"]) if self.distributed else 1
         self.lock = None  # rank 0's on out_dir
-        tasks = int(os.environ.get("SLURM_NTASKS", 1))
-        if tasks > 1 and not self.distributed:
-            raise UserError(f"SLURM_NTASKS is {tasks}, but tasks of Slurm do not know each other: start one a node, "
-                            "each a torchrun --nnodes … --nproc_per_node …; for one process set SLURM_NTASKS=1")
-        if self.distributed:  # numbers and objects go over gloo, gradients over NCCL
+        if self.distributed:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
     def use_device(self, name, deterministic=False):
@@ -1559,6 +1723,13 @@ class World:
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False
 
+    def lock_folder(self, folder):
+        """Makes it, and keeps other runs out of it until `close` or the end of this process. Raises UserError."""
+        if self.rank == 0:
+            with explaining(f"--out_dir {folder}: cannot be written", "choose another", but=UserError):
+                self.lock = fineweb.lock_folder(folder)
+                tempfile.TemporaryFile(dir=folder).close()
+
     def print(self, text):
         with contextlib.suppress(OSError):  # a terminal or a `tee` that is gone ends no run
             if self.rank == 0:
@@ -1573,10 +1744,19 @@ class World:
         return values.tolist()
 
     def from_rank_0(self, value):
-        box = [value]
+        """Rank 0's value, on all ranks."""
+        values = [value]
         if self.distributed:
-            dist.broadcast_object_list(box, src=0, device="cpu")
-        return box[0]
+            dist.broadcast_object_list(values, src=0, device="cpu")
+        return values[0]
+
+    def on_rank_0(self, function, *args):
+        """What the function returns, called on rank 0 alone."""
+        return self.from_rank_0(function(*args) if self.rank == 0 else None)
+
+    def unlock(self):
+        if self.lock is not None:
+            os.close(self.lock)
 
     def close(self):
         if self.distributed:
@@ -1585,18 +1765,11 @@ class World:
 
 def keep_freed_memory():
     """Lets glibc use freed memory again, not return it to the system, which gives it back page by page, and slowly."""
+    # Page faults were a quarter of a step of GPT-2 124M.
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large array
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-
-
-def check_restarts(resume):
-    """Raises UserError where a job that torchrun starts again could not go on."""
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    if restarts and not (resume and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"):
-        raise UserError("torchrun --max_restarts needs --resume from the first start, so that the job can go on, and "
-                        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it, so that its processes find each other")
 
 
 @contextlib.contextmanager
@@ -1609,30 +1782,6 @@ def changing_shapes():
 
 def autocast(device_type, dtype):
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
-
-
-# dense bf16 (fp16 where the chip has no bf16) TFLOP/s with sums in fp32, from NVIDIA's data sheets and white papers
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A10": 125, "L40S": 362,
-               "L4": 121, "T4": 65, "V100": 125, "A4000": 76.7, "RTX 3060": 25.5, "RTX 3070": 40.6, "RTX 3080": 59.5,
-               "RTX 3090": 71, "RTX 4060 Ti": 44.1, "RTX 4070": 58.3, "RTX 4080": 97.5, "RTX 4090": 165.2,
-               "RTX 5070": 61.7, "RTX 5080": 112.6, "RTX 5090": 209.5}
-
-
-def peak_flops(device_type):
-    """Of one device, or None where it is unknown."""
-    name = torch.cuda.get_device_name() if device_type == "cuda" else ""
-    for chip, teraflops in PEAK_TFLOPS.items():
-        if re.search(rf"\b{chip}\b(?! Ti| SUPER| D| Laptop|.* MIG)", name):
-            return teraflops * 1e12
-    return None
-
-
-def peak_memory(device_type):
-    """In bytes, of this process so far."""
-    if device_type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def flops_per_token(model):
@@ -1845,10 +1994,14 @@ def train(argv):
     finally:
         gc.enable()
         gc.unfreeze()
-        if world.lock is not None:
-            os.close(world.lock)
+        world.unlock()
+    was_interrupted = run.stopped and run.stop.number == signal.SIGINT
     del run  # and DDP with it, which must not outlive the process group
     world.close()
+    # A shell's loop goes on to its next command unless this one dies of the Ctrl-C; torchrun sees to its own end.
+    if was_interrupted and not world.distributed:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def out_of_memory(run):
@@ -1928,7 +2081,6 @@ def evaluate(argv):
 @dataclass
 class PlotFlags:
     out_dir: tuple[str, ...] = ("log",)  # run folders to draw, one line each
-    x: Literal["step", "tokens", "seconds"] = "step"  # the horizontal axis
     y: Literal["loss", "bpb"] = "loss"  # nats a token, or bits per byte of text
     output: str = "loss.png"  # picture to write
 
@@ -1936,30 +2088,33 @@ class PlotFlags:
 def plot(argv):
     flags = fineweb.parse_flags(PlotFlags, argv, "train_gpt2.py plot", "Draws the loss curves of runs.")
     from matplotlib.figure import Figure
-    logs = {folder: read_log(Path(folder, "log.jsonl")) for folder in flags.out_dir}
-    is_gpt2s = any(log[0]["tokenizer"] == "gpt2" and "fineweb" in log[0]["data"] for log in logs.values() if log)
-    gpt2_loss = 3.2924 if is_gpt2s else None  # of OpenAI's 124M weights, as below, by build-nanogpt
+    has_gpt2s_data, points = False, {}  # {(folder, kind, name): [(step, number)]}
+    for folder in flags.out_dir:
+        path = Path(folder, "log.jsonl")
+        path.open().close()  # a missing one ends it, and is named
+        for line in read_log(path):
+            has_gpt2s_data |= line.get("tokenizer") == "gpt2" and "fineweb" in str(line.get("data"))
+            for name in ("loss", "bpb", "acc_norm"):
+                if line.get(name) is not None:
+                    points.setdefault((folder, line["kind"], name), []).append((line["step"], line[name]))
+    gpt2_loss = 3.2924 if has_gpt2s_data else None  # of OpenAI's 124M weights, as below, by build-nanogpt
     panels = [("val", "loss", "loss, nats a token (faint: training; dots: validation)", gpt2_loss)]
     if flags.y == "bpb":
         panels = [("val", "bpb", "validation loss, bits per byte", None)]
-    if any(line["kind"] == "hellaswag" for log in logs.values() for line in log):
+    if any(kind == "hellaswag" for _, kind, _ in points):
         panels.append(("hellaswag", "acc_norm", "HellaSwag, acc_norm", 0.2955))
     figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (kind, name, label, gpt2) in zip(axes, panels):
-        for i, (folder, log) in enumerate(logs.items()):
-            steps = [line for line in log if line["kind"] == "train"]
-            x = [line[flags.x] for line in steps]
-            x = np.cumsum(x) if flags.x == "seconds" else x
-            x_of = {line["step"]: value for line, value in zip(steps, x)}
+        for i, folder in enumerate(flags.out_dir):
             if name == "loss":
-                axis.plot(x, [line["loss"] for line in steps], color=f"C{i}", alpha=0.3, lw=0.8)
-            points = [(x_of[line["step"]], line.get(name)) for line in log
-                      if line["kind"] == kind and line["step"] in x_of]
-            axis.plot(*np.array(points, dtype=float).reshape(-1, 2).T, "o-", color=f"C{i}", label=folder)
+                curve = np.array(points.get((folder, "train", name), [])).reshape(-1, 2)
+                axis.plot(*curve.T, color=f"C{i}", alpha=0.3, lw=0.8)
+            curve = np.array(points.get((folder, kind, name), [])).reshape(-1, 2)
+            axis.plot(*curve.T, "o-", color=f"C{i}", label=folder)
         if gpt2:
             axis.axhline(gpt2, ls="--", color="gray", label="OpenAI's GPT-2 124M")
-        axis.set(xlabel=flags.x, ylabel=label)
+        axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
         axis.legend()
     with explaining(f"--output {flags.output}: cannot be written"):

@@ -43,13 +43,13 @@ SMALL = ("--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --total_batch_size 
          "--optimizer adamw --lr 1e-3 --schedule cosine --device cpu").split()
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # those that end a run well
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)  # they end a run well
 
 
 def call_main(script, args):
     """What `python script args` does, in this process. Returns the exit code."""
     main = importlib.import_module(script.removesuffix(".py")).main
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGCONT)}
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         with mock.patch.object(sys, "argv", [script, *map(str, args)]):
@@ -175,6 +175,11 @@ def shell(code, cwd=None):
 def log_lines(out_dir, kind):
     lines = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
+
+
+def is_untouched(folder):
+    """Whether nothing was begun in it: a start that is refused may leave an empty folder."""
+    return not folder.exists() or not any(folder.iterdir())
 
 
 def losses(out_dir):

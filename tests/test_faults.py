@@ -31,7 +31,7 @@ def result(out_dir):
     lines = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
     for line in lines:
         for key in ("seconds", "training_seconds", "total_seconds", "tokens_per_second", "peak_memory_gb", "run_id", "out_dir",
-                    "resume", "resume_from", "compile", "data"):
+                    "resume", "resume_from", "compile", "data", "chosen", "forked_from"):
             line.pop(key, None)
     return (Path(out_dir) / "latest/model.safetensors").read_bytes(), sorted(map(json.dumps, lines))
 
@@ -142,13 +142,10 @@ def test_a_signal_saves_and_says_how_to_go_on(number, uninterrupted, small_shard
     process = spawn("train_gpt2.py", *LONG, "--data", small_shards, "--out_dir", tmp_path / "log")
     wait_for(lambda: steps_logged(tmp_path / "log") >= 3, process)
     process.send_signal(number)
-    out, _ = process.finish()
-    last = out.strip().splitlines()[-1].strip()
+    out, _ = process.finish(expect=-number if number == signal.SIGINT else 0)  # a shell's loop must end by a Ctrl-C too
     step = len(losses(tmp_path / "log"))
-    assert last.endswith("--resume") and (tmp_path / f"log/step_{step:06d}").is_dir() and step < 40
-    python, script, *flags = shlex.split(last)
-    assert python == "python" and os.path.samefile(script, ROOT / "train_gpt2.py")
-    run("train_gpt2.py", *flags)
+    assert "the same command with --resume" in out and (tmp_path / f"log/step_{step:06d}").is_dir() and step < 40
+    run("train_gpt2.py", *LONG, "--data", small_shards, "--out_dir", tmp_path / "log", "--resume")
     assert result(tmp_path / "log")[0] == result(uninterrupted)[0]
 
 
@@ -160,9 +157,9 @@ def test_a_second_signal_stops_at_once(monkeypatch):
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
         stop = train_gpt2.StopRequest()
-        assert stop.time is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert stop.number == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         signal.raise_signal(signal.SIGINT)
-        assert stop.time is not None and ends == []
+        assert stop.number == signal.SIGINT and ends == []
         signal.raise_signal(signal.SIGTERM)  # of another kind: systems that stop a program send several
         assert ends == []
         signal.raise_signal(signal.SIGINT)
@@ -216,7 +213,7 @@ def test_two_processes_equal_one(one_process, small_shards, tmp_path):
 
 
 def test_a_signal_to_one_rank_stops_all_and_says_how_to_go_on(one_process, small_shards, tmp_path):
-    """Under the true torchrun, whose printed command is then run as it stands."""
+    """Under the true torchrun."""
     process = spawn("train_gpt2.py", *SMALL, "--max_steps", 30, "--eval_tokens", 1500, "--batch_size", 1, "--data", small_shards,
                     "--out_dir", tmp_path / "log", torchrun=2)
     wait_for(lambda: steps_logged(tmp_path / "log") >= 3, process)
@@ -224,10 +221,8 @@ def test_a_signal_to_one_rank_stops_all_and_says_how_to_go_on(one_process, small
     out, _ = process.finish()
     step = len(losses(tmp_path / "log"))
     assert (tmp_path / f"log/step_{step:06d}").is_dir() and step < 30
-    last = out.strip().splitlines()[-1].split()
-    assert last[:3] == ["torchrun", "--standalone", "--nproc_per_node=2"] and os.path.samefile(last[3], ROOT / "train_gpt2.py")
-    assert last[4:] == ["--out_dir", str(tmp_path / "log"), "--resume"]
-    spawn("train_gpt2.py", *last[4:], torchrun=last[1:3]).finish()
+    assert "the same command with --resume" in out
+    spawn("train_gpt2.py", "--out_dir", tmp_path / "log", "--resume", torchrun=2).finish()
     close(tmp_path / "log", one_process)
 
 
@@ -300,13 +295,6 @@ def test_torchrun_restarts_from_the_last_checkpoint(one_process, small_shards, t
     close(tmp_path / "log", one_process)
 
 
-@pytest.mark.parametrize("flags, env", [([], {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}), (["--resume"], {})])
-def test_a_job_that_could_not_be_restarted_is_refused_at_once(flags, env, small_shards, tmp_path):
-    env = {"TORCHELASTIC_MAX_RESTARTS": "2", **env}  # as torchrun tells its workers
-    line = refused("train_gpt2.py", *SMALL, *flags, "--data", small_shards, "--out_dir", tmp_path / "log", env=env)
-    assert "--resume" in line and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in line and not (tmp_path / "log").exists()
-
-
 def test_resume_begins_where_there_is_nothing_and_begins_again_where_there_is_only_a_log(one_process, small_shards, tmp_path):
     out, _ = run("train_gpt2.py", *SMALL, "--max_steps", 30, "--eval_tokens", 1500, "--data", small_shards, "--out_dir", tmp_path / "log",
                  "--resume")
@@ -314,7 +302,9 @@ def test_resume_begins_where_there_is_nothing_and_begins_again_where_there_is_on
     before = (tmp_path / "log/log.jsonl").read_text()
     line = refused("train_gpt2.py", "--out_dir", tmp_path / "log", "--resume", "--n_layer", 3)
     assert "--n_layer 3" in line and (tmp_path / "log/log.jsonl").read_text() == before
-    out, _ = run("train_gpt2.py", "--out_dir", tmp_path / "log", "--resume", "--max_steps", 28)  # its other flags are the run's own
+    line = refused("train_gpt2.py", "--out_dir", tmp_path / "log", "--resume")  # the flags of the default run
+    assert "without a good checkpoint" in line and (tmp_path / "log/log.jsonl").read_text() == before
+    out, _ = run("train_gpt2.py", *SMALL, "--data", small_shards, "--out_dir", tmp_path / "log", "--resume", "--max_steps", 28)
     assert "no good checkpoint" in out and "begins anew" in out
     assert (tmp_path / "log/log.jsonl.old").read_text() == before
     assert losses(tmp_path / "log")[:1] == losses(one_process)[:1] and len(losses(tmp_path / "log")) == 28
@@ -694,12 +684,6 @@ def test_two_runs_in_one_folder(small_shards, tmp_path):
     kill(first)
     assert [line["step"] for line in log_lines(tmp_path / "log", "train")] == list(range(1, steps_logged(tmp_path / "log") + 1))
     run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log", "--max_steps", steps_logged(tmp_path / "log") + 1)
-
-
-def test_tasks_of_slurm_that_do_not_know_each_other(small_shards, tmp_path):
-    said = refused("train_gpt2.py", *SMALL, "--data", small_shards, "--out_dir", tmp_path / "log", env={"SLURM_NTASKS": "2"})
-    assert "SLURM_NTASKS is 2" in said and "torchrun" in said and not (tmp_path / "log").exists()
-    run_ranks(2, "train_gpt2.py", *SMALL, "--batch_size", 2, "--data", small_shards, "--out_dir", tmp_path / "log", env={"SLURM_NTASKS": "2"})
 
 
 def test_printed_commands_are_quoted(small_shards, tmp_path):

@@ -95,7 +95,7 @@ def clock(monkeypatch):
     def look():
         now[0] += 1.0
         return now[0]
-    monkeypatch.setattr(train_gpt2.time, "time", look)
+    monkeypatch.setattr(train_gpt2.time, "monotonic", look)
     return now
 
 
@@ -132,25 +132,25 @@ def test_the_last_rate_of_a_time_budget_is_that_of_a_run_by_steps():
         by_time = ScheduleFlags(lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=10**9, max_minutes=10, schedule=schedule)
         for step in (500, 900, 999):
             a = train_gpt2.learning_rate(step, by_steps)
-            assert train_gpt2.learning_rate(step, by_time, seconds=0.6 * step) == pytest.approx(a, abs=0.01)
-        assert train_gpt2.learning_rate(5, by_time, seconds=599) == 0.6
-        assert train_gpt2.learning_rate(1000, by_time, seconds=601) == 0.1
+            assert train_gpt2.learning_rate(step, by_time, time_share=step / 1000) == pytest.approx(a, abs=0.01)
+        assert train_gpt2.learning_rate(5, by_time, time_share=0.05) == 0.6  # warm-up is over with a tenth of the time
+        assert train_gpt2.learning_rate(1000, by_time, time_share=1.01) == 0.1
 
 
 def test_ranks_agree_on_the_time(small_shards, tmp_path, monkeypatch):
     """By rank 0's clock, however wrong another's is."""
-    look = train_gpt2.time.time
+    look = train_gpt2.time.monotonic
     started = look()
 
-    def time():
+    def monotonic():
         return started + (look() - started) * (100 if train_gpt2.os.environ.get("RANK") == "1" else 1)
-    monkeypatch.setattr(train_gpt2.time, "time", time)
+    monkeypatch.setattr(train_gpt2.time, "monotonic", monotonic)
     seen = tmp_path / "rates"
 
-    def learning_rate(step, schedule, seconds, known=train_gpt2.learning_rate):
+    def learning_rate(step, schedule, time_share, known=train_gpt2.learning_rate):
         with open(f"{seen}{train_gpt2.os.environ['RANK']}", "a") as f:
-            print(step, seconds, known(step, schedule, seconds), file=f)
-        return known(step, schedule, seconds)
+            print(step, time_share, known(step, schedule, time_share), file=f)
+        return known(step, schedule, time_share)
     monkeypatch.setattr(train_gpt2, "learning_rate", learning_rate)
     run_ranks(2, "train_gpt2.py", *SMALL, "--max_steps", 10**6, "--max_minutes", 0.01, "--batch_size", 4,
               "--data", small_shards, "--out_dir", tmp_path / "log")

@@ -178,18 +178,6 @@ def test_a_folder_of_texts_is_told_its_remedy(tmp_path):
     assert "fineweb.py --files books --out" in error
 
 
-def test_a_rate_that_jumps_is_noted(small_shards, tmp_path):
-    flags = ["--preset", "tiny", *SMALL, "--data", small_shards, "--min_lr", 1e-6, "--checkpoint_every", 6]
-    out, _ = run("train_gpt2.py", *flags, "--out_dir", tmp_path / "log")
-    assert "learning rate" not in out
-    out, _ = run("train_gpt2.py", "--resume", "--max_steps", 12, "--out_dir", tmp_path / "log")
-    lines = log_lines(tmp_path / "log", "train")
-    note = next(line for line in out.splitlines() if "learning rate" in line)
-    assert f"{lines[5]['lr']:.1e}" in note and f"{lines[6]['lr']:.1e}" in note and "--resume_from" in note
-    out, _ = run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log")
-    assert "learning rate" not in out
-
-
 # -----------------------------------------------------------------------------
 # small ones
 

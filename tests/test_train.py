@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import fineweb
 import train_gpt2
-from conftest import ROOT, SMALL, call_main, log_lines, losses, refused, run
+from conftest import ROOT, SMALL, call_main, is_untouched, log_lines, losses, refused, run
 from train_gpt2 import GPT, GPTConfig, RecipeFlags, ScheduleFlags
 
 
@@ -49,7 +49,8 @@ def test_tiny_learns_and_everything_around_it_works(tmp_path):
     assert "sample --checkpoint" in last
     script, *words = shlex.split(last)[1:]
     said, _ = run(script, *words, "--max_new_tokens", 20, cwd=ROOT)
-    assert said.startswith("ROMEO:") and len(said) > 15
+    prompt = words[words.index("--prompt") + 1]  # of the validation text
+    assert said.startswith(prompt) and len(said) > len(prompt) + 9 and prompt in " ".join((ROOT / "input.txt").read_text().split())
     first = json.loads((tmp_path / "log/log.jsonl").read_text().splitlines()[0])
     assert first["kind"] == "config" and first["preset"] == "tiny" and first["max_steps"] == 60
     keys = {"kind", "step", "loss", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second", "mfu"}
@@ -145,7 +146,7 @@ def test_auto_batch_fits(shape, gigabytes, monkeypatch):
         model = GPT(GPTConfig(**shape))
         parameters = memory.live
         found = train_gpt2.largest_batch(model, sizes, world, torch.bfloat16)
-        assert model.loss_chunks == 0 and all(p.grad is None for p in model.parameters()) and memory.limit == limit
+        assert all(p.grad is None for p in model.parameters()) and memory.limit == limit
 
         def needed(size):
             """By a micro-step that adds to gradients, with AdamW's moments and DDP's buckets."""
@@ -198,26 +199,35 @@ def test_schedules_against_their_formulas():
     rate = [train_gpt2.learning_rate(step, flags) for step in range(101)]
     assert rate[10:60] == pytest.approx([1.0] * 50) and rate[80] == pytest.approx(0.5) and rate[100] == 0.0
     assert train_gpt2.learning_rate(10**6, ScheduleFlags()) == pytest.approx(6e-5)  # lr / 10 where min_lr is left alone
-    recipe = RecipeFlags(momentum_warmup_steps=50)
-    assert [train_gpt2.muon_momentum(step, recipe) for step in (0, 10, 25, 50, 99)] == pytest.approx([0.85, 0.87, 0.9, 0.95, 0.95])
-    assert train_gpt2.muon_momentum(0, RecipeFlags()) == 0.95
+    for max_steps, expected in ((300, [0.85, 0.87, 0.9, 0.95, 0.95]), (19073, [0.85, 0.85 + 1 / 300, 0.85 + 2.5 / 300, 0.85 + 5 / 300, 0.883])):
+        momenta = [train_gpt2.muon_momentum(step, ScheduleFlags(max_steps=max_steps)) for step in (0, 10, 25, 50, 99)]
+        assert momenta == pytest.approx(expected)
+    assert train_gpt2.muon_momentum(300, ScheduleFlags()) == pytest.approx(0.95)
+
+
+def test_a_time_budget_ends_the_warm_up_with_its_first_tenth():
+    """Of however many steps, and the rest by the share of the time; a short warm-up stays as long as it is."""
+    flags = ScheduleFlags(lr=1.0, min_lr=0.0, warmup_steps=715, max_steps=10**9, max_minutes=5, schedule="wsd", decay_fraction=0.4)
+    rates = [train_gpt2.learning_rate(step, flags, share) for step, share in ((0, 0), (3, 0.05), (7, 0.1), (50, 0.6), (60, 0.8), (70, 1))]
+    assert rates == pytest.approx([1 / 715, 0.5, 1.0, 1.0, 0.5, 0.0])
+    assert train_gpt2.learning_rate(714, flags, 0.01) == 1.0 and train_gpt2.learning_rate(10, flags, 0.01) == pytest.approx(0.1)
+    assert train_gpt2.muon_momentum(2, flags, 1 / 12) == pytest.approx(0.9)
 
 
 def completed(*argv):
     """The config of a new run, and what the user is told."""
     config, given = train_gpt2.read_flags([str(word) for word in argv])
-    notes = []
-    train_gpt2.complete_config(config, given, notes)
-    return config, notes
+    return config, train_gpt2.complete_config(config, given)
 
 
-def test_a_short_run_shortens_its_presets_warm_ups():
+def test_a_short_run_shortens_its_presets_warm_up():
     flags = ["--preset", "tiny", "--data", ROOT / "input.txt", "--max_steps", 100]
     config, notes = completed(*flags)
-    assert (config.schedule.warmup_steps, config.recipe.momentum_warmup_steps) == (10, 20)
-    assert "a tenth" in notes[0] and "a fifth" in notes[1]
-    config, notes = completed(*flags, "--warmup_steps", 30, "--momentum_warmup_steps", 40)
-    assert (config.schedule.warmup_steps, config.recipe.momentum_warmup_steps, notes) == (30, 40, [])
+    assert config.schedule.warmup_steps == 10 and "a tenth" in notes[0]
+    config, notes = completed(*flags, "--warmup_steps", 30)
+    assert config.schedule.warmup_steps == 30 and notes == []
+    config, notes = completed(*flags[:-2], "--max_minutes", 5)
+    assert config.schedule.warmup_steps == 15 and "at most a tenth of --max_minutes" in notes[0]
 
 
 def test_a_flag_left_alone_follows_the_preset_and_one_that_was_given_does_not(small_shards):
@@ -343,7 +353,7 @@ def test_bad_flags_are_refused(flags, says, tmp_path, text_file):
     else:
         _, err = run(*command, expect=2)
         assert says in err and "Traceback" not in err
-    assert not (tmp_path / "log").exists()  # nothing was begun
+    assert is_untouched(tmp_path / "log")
 
 
 def test_help_is_quick(capsys):
@@ -367,7 +377,7 @@ def test_bad_data_is_one_line(tmp_path, small_shards):
     short.write_text("To be, or not to be")
     assert "fewer than one window" in refused("train_gpt2.py", *SMALL, "--data", short, "--out_dir", tmp_path / "log")
     (tmp_path / "empty").mkdir()
-    assert "no train shards" in refused("train_gpt2.py", *SMALL, "--data", tmp_path / "empty", "--out_dir", tmp_path / "log")
+    assert "with train and val shards" in refused("train_gpt2.py", *SMALL, "--data", tmp_path / "empty", "--out_dir", tmp_path / "log")
     line = refused("train_gpt2.py", *SMALL, "--data", small_shards, "--tokenizer", "gpt2", "--out_dir", tmp_path / "log")
     assert "byte tokens" in line
 
