@@ -255,17 +255,31 @@ def rotate(x, rotation):
 
 
 def sdpa(q, k, v, **options):
-    """Scaled dot-product attention. Where k and v have fewer heads than q, they are repeated for kernels that cannot
-    take that: all but the CPU's and flash attention (bfloat16, no mask). A CPU's backward pass in bfloat16 takes 0.2 ms
-    a head, however short the text: short ones are in float32."""
-    groups, is_bfloat16, is_cpu = q.size(1) // k.size(1), compute_dtype(q) == torch.bfloat16, q.device.type == "cpu"
-    if is_cpu and is_bfloat16 and q.requires_grad and q.size(2) <= 256:
-        with torch.autocast("cpu", enabled=False):
-            return sdpa(q.float(), k.float(), v.float(), **options)
-    is_flash = is_bfloat16 and options.get("attn_mask") is None
-    if groups > 1 and not is_cpu and not is_flash:
+    """Scaled dot-product attention. q: (B, n_head, T, head_dim); k, v: (B, n_kv_head, tokens, head_dim)."""
+    is_cpu = q.device.type == "cpu"
+    # Only these kernels take fewer heads of keys than of queries: the CPU's, and flash attention, which takes no mask.
+    takes_groups = is_cpu or options.get("attn_mask") is None and has_flash_attention(q)
+    if not takes_groups and k.size(1) < q.size(1):
+        groups = q.size(1) // k.size(1)
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=k.size(1) != q.size(1), **options)
+    options["enable_gqa"] = k.size(1) < q.size(1)
+    if is_cpu and q.size(2) <= 256 and q.requires_grad and compute_dtype(q) == torch.bfloat16:
+        return sdpa_in_float32(q, k, v, **options)
+    return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+def sdpa_in_float32(q, k, v, **options):
+    """For short texts on a CPU."""
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+
+
+def has_flash_attention(q):
+    """Whether PyTorch's flash attention takes q (B, n_head, T, head_dim): in half precision, on chips since A100."""
+    if q.device.type != "cuda" or compute_dtype(q) not in (torch.bfloat16, torch.float16):
+        return False
+    # Its kernels go up to 256 channels a head, but not in the backward pass of every chip.
+    return q.size(3) % 8 == 0 and q.size(3) <= 192 and torch.cuda.get_device_properties(q.device).major >= 8
 
 
 def compute_dtype(x):
@@ -342,7 +356,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.dropout = config.dropout
         self.attention = attention
-        self.widths = [config.n_head * self.head_dim] + 2 * [config.n_kv_head * self.head_dim]  # of q, k and v
+        kv_width = config.n_kv_head * self.head_dim
+        self.widths = [config.n_head * self.head_dim, kv_width, kv_width]  # of q, k and v
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
         self.c_proj = nn.Linear(self.widths[0], config.n_embd, bias=config.bias)
         self.q_norm = HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
@@ -438,8 +453,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """The head's matmul and the sum of the cross-entropies; logits and their gradient exist for one chunk at a time."""
 
     @staticmethod
-    def forward(ctx, chunk_of_loss, hidden, weight, targets, vocab_size, num_chunks, needs_grad):
-        """hidden (N, C), weight (padded_vocab_size, C), targets (N,) -> nats. needs_grad: in here it is always off."""
+    def forward(ctx, hidden, weight, targets, vocab_size, num_chunks, chunk_of_loss, needs_grad):
+        """hidden (N, C), weight (padded_vocab_size, C), targets (N,) -> nats. needs_grad: whether gradients are on, which
+        they never are in here; chunk_of_loss: that function, or its compiled form."""
         dtype = compute_dtype(hidden)
         hidden, head = hidden.to(dtype), weight.to(dtype)
         loss = torch.zeros((), device=hidden.device)
@@ -459,17 +475,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden_grad, weight_grad = ctx.saved_tensors
-        return None, hidden_grad * grad, weight_grad * grad, None, None, None, None
+        return hidden_grad * grad, weight_grad * grad, None, None, None, None, None
 
 
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.loss_chunks = 0  # 0: chosen in `forward`
+        self.loss_chunks = 0  # 0: chosen in `forward`; Run sets what --loss_chunks asks for
+        self.chunk_of_loss = chunk_of_loss  # or its compiled form, of compile_blocks
+        # Of a Transformers model; load_weights_and_extras fills both in, save_pretrained writes the second again.
         self.end_ids = [config.eot]  # any of them ends a text
-        self.hf_extras = {}  # {file: what it has beside the GPTConfig}, of the Transformers model that was opened
-        self.loss_sum = partial(ChunkedCrossEntropy.apply, chunk_of_loss)
+        self.hf_extras = {}  # {file: what it says beside GPTConfig}
         has_window = 0 < config.window < config.block_size
         attention = WindowAttention(config.window) if has_window else full_attention
         self.rotary = Rotary(config) if config.rope else None
@@ -516,7 +533,7 @@ class GPT(nn.Module):
             x = x + self.wpe.weight[positions]
         x = self.drop(x)
         rotation = self.rotary(positions) if self.rotary is not None else None
-        for block, layer_cache in zip(self.h, cache or len(self.h) * [None]):
+        for block, layer_cache in zip(self.h, cache or [None] * len(self.h)):
             x = block(x, rotation, mask, layer_cache)
         return self.ln_f(x)
 
@@ -529,14 +546,15 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """idx, targets: (B, T) int64; -1 is no target. Returns logits (B, T, vocab_size), or the mean loss in nats."""
-        hidden, config = self.hidden_states(idx), self.config
+        hidden = self.hidden_states(idx)
         if targets is None:
             return self.logits(hidden)
         N = targets.numel()
-        # 256 MB of fp32 logits a chunk, but at most 16 chunks; none of 16,384 tokens, whose sums could overflow fp16
-        num_chunks = self.loss_chunks or max(1, N // 8192, min(16, N * config.padded_vocab_size // 2**26))
-        loss = self.loss_sum(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), config.vocab_size,
-                             num_chunks, torch.is_grad_enabled())
+        fewest = max(1, N // 8192)  # in a chunk of 16,384 tokens a sum could overflow fp16
+        wanted = min(16, N * self.config.padded_vocab_size // 2**26)  # 256 MB of fp32 logits each
+        loss = ChunkedCrossEntropy.apply(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                                         self.config.vocab_size, self.loss_chunks or max(fewest, wanted),
+                                         self.chunk_of_loss, torch.is_grad_enabled())
         return loss / (targets >= 0).sum()
 
     def compile_blocks(self, recompute=True):
@@ -546,7 +564,7 @@ class GPT(nn.Module):
         torch._functorch.config.ban_recompute_materialized_backward = not recompute
         for block in self.h:
             block.compile(dynamic=False)
-        self.loss_sum = partial(ChunkedCrossEntropy.apply, torch.compile(chunk_of_loss, dynamic=False))
+        self.chunk_of_loss = torch.compile(chunk_of_loss, dynamic=False)
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
