@@ -269,9 +269,9 @@ def sdpa(q, k, v, **options):
 
 
 def sdpa_in_float32(q, k, v, **options):
-    """For short texts on a CPU."""
+    """For short texts on a CPU, whatever autocast says."""
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).type_as(q)
 
 
 def has_flash_attention(q):
@@ -709,10 +709,12 @@ class Corpus:
 
 def training_batches(corpus, start, batch_size, world, seed):
     """Yields x and y, (batch_size, block_size) int64 on the device, from window `start` on. A thread reads ahead."""
+    is_cuda = world.device_type == "cuda"
+
     def read(number):
         first = number + world.rank * batch_size  # the ranks take the next world.size * batch_size windows
         batch = corpus.read_windows([corpus.locate(i, seed) for i in range(first, first + batch_size)])
-        return batch.pin_memory() if world.device_type == "cuda" else batch
+        return batch.pin_memory() if is_cuda else batch
 
     with ThreadPoolExecutor(1) as thread:
         pending = thread.submit(read, start)
@@ -720,7 +722,9 @@ def training_batches(corpus, start, batch_size, world, seed):
             batch = pending.result()
             start += world.size * batch_size
             pending = thread.submit(read, start)
-            batch = batch.to(world.device, non_blocking=True)
+            # CUDA's allocator keeps pinned memory until the copy has ended. From other memory a copy must be waited for:
+            # this batch is dropped at once, and Macs have read what came after it (pytorch issue 189690).
+            batch = batch.to(world.device, non_blocking=is_cuda)
             yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 

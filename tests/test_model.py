@@ -1,5 +1,6 @@
 """The model against Transformers, against formulas written here, and against what it promises."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -306,3 +307,48 @@ def test_short_texts_attend_in_float32_in_training_on_a_cpu(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(idx[:, :64], idx[:, 1:65])
     assert loss.item() == pytest.approx(exact(idx[:, :64], idx[:, 1:65]).item(), abs=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("parts", [{}, dict(rope=True, qk_norm=True, n_kv_head=1, window=20)], ids=["gpt2", "modern"])
+def test_a_model_of_another_dtype_trains_and_samples_on_a_cpu(parts, dtype):
+    """Without autocast; a text of 64 tokens takes the way for short ones, one of 300 does not."""
+    torch.manual_seed(0)
+    exact = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=300, vocab_size=67, **parts))
+    model = GPT(exact.config)
+    model.load_state_dict(exact.state_dict())
+    model.to(dtype)
+    for T in (64, 300):
+        idx = torch.randint(67, (2, T + 1))
+        x, y = idx[:, :-1], idx[:, 1:]
+        loss, expected = model(x, y), exact(x, y)
+        loss.backward()
+        expected.backward()
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-2)
+        for p, q in zip(model.parameters(), exact.parameters()):
+            assert p.grad.dtype == dtype and (p.grad.float() - q.grad).norm() < 0.2 * q.grad.norm()
+        model.zero_grad()
+        exact.zero_grad()
+        assert model(x).dtype == dtype and model.generate(x[:, :50], 2).shape == (2, 52)
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "mps", "cuda"])
+def test_a_batch_is_sent_without_waiting_from_pinned_memory_alone(device_type, monkeypatch):
+    """A Mac read what had been freed and used again (pytorch issue 189690)."""
+    seen = []
+
+    def to(batch, device, non_blocking=False, known=torch.Tensor.to):
+        seen.append((getattr(batch, "was_pinned", False), non_blocking))
+        return known(batch, device)
+
+    def pin_memory(batch):
+        batch.was_pinned = True
+        return batch
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    data = train_gpt2.Corpus([torch.arange(81).numpy()], 8, 81, "data")
+    world = SimpleNamespace(rank=0, size=1, device="cpu", device_type=device_type)
+    x, y = next(train_gpt2.training_batches(data, 0, 3, world, 1))
+    assert torch.equal(y, x + 1) and x.shape == (3, 8)
+    is_cuda = device_type == "cuda"
+    assert seen == [(is_cuda, is_cuda)]
