@@ -396,24 +396,47 @@ class Flags:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: the faster one
 
 
-def open_model(name, style):
-    """The model in float32 and encode (text -> list of ids), from a Hugging Face name or a model folder. As in
-    lm-evaluation-harness, a tokenizer adds its own special tokens (Llama's BOS) in that style. Raises UserError."""
+def newest_checkpoint(name):
+    """That of a run's folder, through `latest`: a link, or on a disk without links a file; another name as it is."""
+    latest = os.path.join(name, "latest") if os.path.exists(os.path.join(name, "latest")) else name
+    if os.path.isfile(latest):
+        with open(latest) as f:
+            latest = os.path.join(os.path.dirname(latest), f.read(100).strip())
+    return latest
+
+
+def load_causal_lm(name, config=None, dtype=torch.float32):
+    """A Transformers model, and the names of the weights that its files hold beyond it. Raises UserError for weights
+    that are missing or misshapen: Transformers makes them up at random."""
+    from transformers import AutoModelForCausalLM, logging
+    logging.set_verbosity_error()  # its report of them is a table
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    for weight, found, expected in loaded["mismatched_keys"]:
+        raise UserError(f"{name}: {weight} has shape {[*found]}, by config.json {[*expected]}")
+    if loaded["missing_keys"]:
+        raise UserError(f"{name}: its files lack weights, such as {min(loaded['missing_keys'])}")
+    return model, loaded["unexpected_keys"]
+
+
+def open_model(name, style, dtype="float32", device_type="cpu"):
+    """The model and encode (text -> list of ids), from a Hugging Face name or a model folder; dtype as in `pick_dtype`.
+    A tokenizer adds its own special tokens (Llama's BOS) in style harness, as there. Raises UserError."""
     if os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json")):
         raise UserError(f"{name}: no config.json in this folder; --model takes a model folder or a Hugging Face name")
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     with explaining(f"--model {name}: Transformers cannot open it", "what train_gpt2.py alone reads is scored by: "
-                    f"python train_gpt2.py eval --checkpoint {name}"):
+                    f"python train_gpt2.py eval --checkpoint {name}", but=UserError):
         config = AutoConfig.from_pretrained(name)
         config.use_cache = False  # nothing is generated
         for key in ("activation_function", "hidden_act"):  # the same formula, in one kernel instead of eight
             if getattr(config, key, None) == "gelu_new":
                 setattr(config, key, "gelu_pytorch_tanh")
-        model, loaded = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32,
-                                                             output_loading_info=True)
+        width = config.get_text_config().hidden_size
+        # Opened in its dtype, not cast: what a model keeps in float32 (rotary tables), Transformers alone knows.
+        dtype, _ = pick_dtype(dtype, device_type, (256, width, 4 * width))
+        model, _ = load_causal_lm(name, config, dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    if loaded["missing_keys"]:
-        raise UserError(f"--model {name}: its files lack weights, such as {min(loaded['missing_keys'])}")
 
     def encode(text):
         text = without_lone_surrogates(text)
@@ -433,16 +456,12 @@ def main(argv):
     device = pick_device(flags.device)
     check_device(device)
     examples = load_examples(flags.data, flags.limit)
-    model, encode = open_model(flags.model, flags.style)
-    width = model.get_input_embeddings().weight.size(1)
-    dtype, _ = pick_dtype(flags.dtype, torch.device(device).type, (256, width, 4 * width))
-    for p in model.parameters():  # not the rotary tables, which need float32
-        p.data = p.data.to(dtype)
+    model, encode = open_model(newest_checkpoint(flags.model), flags.style, flags.dtype, torch.device(device).type)
     model.to(device)
     started = time.perf_counter()
     result = evaluate(model, examples, encode, flags.style, device, progress=True)
     speed = round(len(examples) / (time.perf_counter() - started), 2)
-    print(json.dumps({"model": flags.model, "style": flags.style, "dtype": str(dtype)[6:], **result,
+    print(json.dumps({"model": flags.model, "style": flags.style, "dtype": str(model.dtype)[6:], **result,
                       "examples_per_second": speed}))
 
 

@@ -601,30 +601,48 @@ class GPT(nn.Module):
         """Opens a GPT-2, Llama, Mistral or Qwen3 model, or one of ours: a folder, or a name on the Hugging Face hub.
         `overrides`: another dropout, a shorter block_size. Raises UserError naming what this class does not have."""
         folder = model_folder(name_or_folder)
-        config, model_type = read_model_config(folder)
-        model = cls(replace(config, **{name: value for name, value in overrides.items() if value is not None}))
-        if model.config.block_size > config.block_size:
-            raise UserError(f"--block_size {model.config.block_size}: {name_or_folder} has {config.block_size} at most")
-        load_weights_and_extras(model, folder, model_type)
+        hf, config, weights = read_model(folder)
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        if overrides.get("block_size", 0) > config.block_size:
+            raise UserError(f"--block_size {overrides['block_size']}: {name_or_folder} has {config.block_size} at most")
+        # A head that config.json says is tied may have weights of its own: it is what they are.
+        model = cls(replace(config, tied=config.tied and "lm_head.weight" not in weights, **overrides))
+        tensors = dict(hf_tensors(model, hf["model_type"]))
+        for name in sorted(tensors.keys() ^ weights.keys()):
+            problem = "lack" if name in tensors else "should not hold"
+            raise UserError(f"{folder}: by config.json the weights {problem} {name}")
+        for name, tensor in tensors.items():
+            weight = weights[name][:model.config.block_size] if name.endswith("wpe.weight") else weights[name]
+            if weight.shape != tensor.shape:
+                raise UserError(f"{folder}: {name} has shape {[*weight.shape]}, by config.json {[*tensor.shape]}")
+            tensor.copy_(weight)
+        special = {name: hf[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in hf}
+        generation = {path.name: read_json(path) for path in folder.glob("generation_config.json")}
+        model.hf_extras = {"config.json": special, **generation}
+        # As in Transformers, the ends of generation_config.json go before those of config.json.
+        ends = {**special, **generation.get("generation_config.json", {})}.get("eos_token_id", config.eot)
+        model.end_ids = [end for end in np.ravel(ends).tolist() if end is not None]  # of one, a list, or null
         return model
 
     def save_pretrained(self, folder, tokenizer=None):
-        """Writes a folder that Transformers opens (see FORMATS), with the tokenizer's files. Returns the model_type."""
+        """Writes a folder that Transformers opens (see PARTS), with the tokenizer's files. Returns the model_type."""
         from safetensors.torch import save_file
         folder, model_type = Path(folder), model_type_of(self.config)
         folder.mkdir(parents=True, exist_ok=True)
-        about = {"model_type": model_type, **to_hf_config(self.config, model_type)}
+        hf = {"model_type": model_type, **to_hf_config(self.config, model_type)}
         if model_type != OWN_TYPE:
             name = "GPT2LMHeadModel" if model_type == "gpt2" else f"{model_type.capitalize()}ForCausalLM"
-            about |= {"architectures": [name], "bos_token_id": self.config.eot, "dtype": "float32"}
-            about |= self.hf_extras.get("config.json", {})
+            # Why no pad_token_id? Of the token that it names, here end-of-text, Transformers trains no embedding.
+            hf |= {"architectures": [name], "bos_token_id": self.config.eot, "dtype": "float32"}
+            hf |= self.hf_extras.get("config.json", {})
+        hf["tokenizer"] = tokenizer and tokenizer.name  # null, too: by it `read_model` knows our folders
         if tokenizer is not None:
-            about["tokenizer"] = tokenizer.name
             tokenizer.save_pretrained(folder)
-        for file, values in {**self.hf_extras, "config.json": about}.items():
+        for file, values in {**self.hf_extras, "config.json": hf}.items():
             (folder / file).write_text(json.dumps(values, indent=2) + "\n")
         tensors = {name: tensor.cpu().contiguous() for name, tensor in hf_tensors(self, model_type)}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # else 0600, whatever the umask
         return model_type
 
 
@@ -1548,8 +1566,7 @@ def load_state(folder, mmap=False):
 def load_checkpoint(folder):
     """Its folder, state, config, model and tokenizer. Raises UserError naming what is damaged."""
     state, config = load_state(folder)
-    model = GPT(config.model)
-    load_weights_and_extras(model, folder, model_type_of(config.model))
+    model = GPT.from_pretrained(folder)
     name = config.setup.tokenizer
     tokenizer = fineweb.get_tokenizer(name if name in ("gpt2", "byte") else str(folder))
     tokenizer.name = name
@@ -1823,14 +1840,17 @@ LLAMA_NAMES = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_
                    n_embd="hidden_size", n_hidden="intermediate_size", head_dim="head_dim", vocab_size="vocab_size",
                    block_size="max_position_embeddings", eot="eos_token_id", norm_eps="rms_norm_eps",
                    rope_theta="rope_theta", dropout="attention_dropout", tied="tie_word_embeddings")
+WINDOW_NAMES = LLAMA_NAMES | {"window": "sliding_window"}
 LLAMA_PARTS = dict(rope=True, rmsnorm=True, swiglu=True)
 OWN_TYPE = "train_gpt2"
-FORMATS = {  # model_type: the fields of GPTConfig that its models have in common; the others' names in config.json
-    "gpt2": (dict(rope=False, rmsnorm=False, swiglu=False, qk_norm=False, window=0, bias=True), GPT2_NAMES),
-    "llama": ({**LLAMA_PARTS, "qk_norm": False, "window": 0}, {**LLAMA_NAMES, "bias": "mlp_bias"}),
-    "mistral": ({**LLAMA_PARTS, "qk_norm": False, "bias": False}, {**LLAMA_NAMES, "window": "sliding_window"}),
-    "qwen3": ({**LLAMA_PARTS, "qk_norm": True, "bias": False}, {**LLAMA_NAMES, "window": "sliding_window"}),
-    OWN_TYPE: ({}, {flag.name: flag.name for flag in fields(GPTConfig)}),
+PARTS = {  # model_type: the fields of GPTConfig that its models have in common
+    "gpt2": dict(rope=False, rmsnorm=False, swiglu=False, qk_norm=False, window=0, bias=True),
+    "llama": dict(LLAMA_PARTS, qk_norm=False, window=0), "mistral": dict(LLAMA_PARTS, qk_norm=False, bias=False),
+    "qwen3": dict(LLAMA_PARTS, qk_norm=True, bias=False), OWN_TYPE: {},
+}
+NAMES = {  # model_type: the other fields' names in config.json
+    "gpt2": GPT2_NAMES, "llama": LLAMA_NAMES | {"bias": "mlp_bias"}, "mistral": WINDOW_NAMES, "qwen3": WINDOW_NAMES,
+    OWN_TYPE: {flag.name: flag.name for flag in fields(GPTConfig)},
 }
 LLAMA_MODULES = {  # Mistral's and Qwen3's too; they keep apart what c_attn has in one matrix
     "wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head", "ln_1": "input_layernorm",
@@ -1841,17 +1861,19 @@ LLAMA_MODULES = {  # Mistral's and Qwen3's too; they keep apart what c_attn has 
 
 
 def model_type_of(config):
-    """The first of FORMATS that loses nothing of the config, found by writing and reading it; OWN_TYPE never does."""
+    """The first format that loses nothing of the config, found by writing and reading it; OWN_TYPE never does."""
     config = replace(config, zero_init=False)  # says how training began, not what the model is
-    for model_type, (shared, _) in FORMATS.items():
-        has_parts = all(getattr(config, name) == value for name, value in shared.items())
+    # Transformers' GPT-2 and Llama want heads that divide the width, whatever head_dim is.
+    types = PARTS if config.n_embd % config.n_head == 0 else ("mistral", "qwen3", OWN_TYPE)
+    for model_type in types:
+        has_parts = all(getattr(config, name) == value for name, value in PARTS[model_type].items())
         if has_parts and from_hf_config(to_hf_config(config, model_type), model_type) == config:
             return model_type
 
 
 def to_hf_config(config, model_type):
     """What config.json says of the model."""
-    hf = {hf_name: getattr(config, name) for name, hf_name in FORMATS[model_type][1].items()}
+    hf = {hf_name: getattr(config, name) for name, hf_name in NAMES[model_type].items()}
     if model_type == "gpt2":
         hf |= {"activation_function": "gelu_new", "scale_attn_weights": True, "add_cross_attention": False,
                "scale_attn_by_inverse_layer_idx": False, "n_ctx": config.block_size,  # n_ctx is for llama.cpp
@@ -1871,13 +1893,10 @@ def to_hf_config(config, model_type):
 def from_hf_config(hf, model_type, path="config.json"):
     """The GPTConfig that a config.json, completed by Transformers, stands for. Raises UserError for a value that
     `to_hf_config` would write differently: a part that our model does not have."""
-    shared, names = FORMATS[model_type]
-    values = {name: hf[hf_name] for name, hf_name in names.items() if hf_name in hf} | shared
-    rope = hf.get("rope_parameters") or {}
-    values["rope_theta"] = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
+    values = {name: hf[hf_name] for name, hf_name in NAMES[model_type].items() if hf_name in hf} | PARTS[model_type]
+    values["rope_theta"] = (hf.get("rope_parameters") or hf).get("rope_theta", 10000.0)
     values["window"] = values.get("window") or 0
-    if isinstance(values["eot"], list):
-        values["eot"] = values["eot"][0]
+    values["eot"], *_ = *np.ravel(values["eot"]).tolist(), None  # a number, a list, or null
     config = GPTConfig(**values)
     may_differ = ("rope_theta", "n_inner", "n_ctx", "eos_token_id", "max_window_layers", "embd_pdrop", "attn_pdrop")
     for name, value in to_hf_config(config, model_type).items():
@@ -1887,16 +1906,19 @@ def from_hf_config(hf, model_type, path="config.json"):
 
 
 def model_folder(name_or_folder):
-    """The local folder of a model; a name on the hub is downloaded. Raises UserError."""
-    name_or_folder = follow(name_or_folder)
-    if (name_or_folder / "config.json").exists():
-        return name_or_folder
-    if name_or_folder.exists():
-        raise UserError(f"{name_or_folder}: no model is here (a model folder holds config.json and model.safetensors)")
+    """A model's folder: of a run's folder the newest checkpoint, of a name on the hub a copy. Raises UserError."""
+    folder = [follow(name_or_folder), *list_checkpoints(name_or_folder).values()][-1]
+    if (folder / "config.json").exists():
+        return folder
+    if folder.exists():
+        raise UserError(f"{folder}: no model is here (a model folder holds config.json and model.safetensors)")
     from huggingface_hub import snapshot_download
-    files = ["*.json", "model*.safetensors", "merges.txt"]
-    with explaining(f"{name_or_folder}: no such folder, and the Hugging Face hub gave no such model"):
-        return Path(snapshot_download(str(name_or_folder), allow_patterns=files))
+    download = partial(snapshot_download, str(folder))
+    with explaining(f"{folder}: no such folder, and the Hugging Face hub gave no such model"):
+        path = Path(download(allow_patterns=["*.json", "model*.safetensors", "merges.txt"]))
+        if not list(path.glob("model*.safetensors")):
+            download(allow_patterns="pytorch_model*.bin")
+    return path
 
 
 def read_json(path):
@@ -1907,22 +1929,33 @@ def read_json(path):
         return {**json.loads(path.read_text())}
 
 
-def read_model_config(folder):
-    """The GPTConfig of a model folder and its model_type. Raises UserError naming what our model does not have."""
+def read_model(folder):
+    """config.json (dict), GPTConfig and weights ({name: tensor}, without a tied head) of a folder. Raises UserError."""
     path = folder / "config.json"
     hf = read_json(path)
     model_type = hf.get("model_type")
-    if model_type not in FORMATS:
+    if model_type not in PARTS:
         raise UserError(f"{path}: model_type {model_type!r} is not supported (only gpt2, llama, mistral, qwen3)")
-    if model_type == OWN_TYPE:
-        unknown = hf.keys() - FORMATS[OWN_TYPE][1].keys() - {"model_type", "tokenizer"}
-        if unknown:
-            raise UserError(f"{path}: {min(unknown)} = {hf[min(unknown)]!r} is a part that this script does not have")
-    else:
-        import transformers
-        with explaining(f"{path}: Transformers refuses it"):
-            hf = transformers.AutoConfig.from_pretrained(folder).to_dict()  # fills in what the file leaves out
-    return from_hf_config(hf, model_type, path), model_type
+    unknown = hf.keys() - NAMES[OWN_TYPE].keys() - {"model_type", "tokenizer"}
+    if model_type == OWN_TYPE and unknown:
+        raise UserError(f"{path}: {min(unknown)} = {hf[min(unknown)]!r} is a part that this script does not have")
+    if model_type == OWN_TYPE or "tokenizer" in hf and "transformers_version" not in hf:
+        from safetensors.torch import load_file
+        config, path = from_hf_config(hf, model_type, path), folder / "model.safetensors"
+        if not path.exists():
+            raise UserError(f"{path}: not there")
+        with explaining(f"{path}: not a whole safetensors file", "take another copy", but=(OSError, MemoryError)):
+            return hf, config, load_file(path)
+    import transformers
+    transformers.logging.disable_progress_bar()
+    with explaining(f"{folder}: Transformers cannot open it", but=UserError):
+        hf = transformers.AutoConfig.from_pretrained(folder).to_dict()  # fills in what the file leaves out
+        config = from_hf_config(hf, model_type, path)
+        model, unexpected = hellaswag.load_causal_lm(str(folder))
+    weights = model.state_dict() | {name: None for name in unexpected if "masked_bias" not in name}  # in old files
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        del weights["lm_head.weight"]
+    return hf, config, weights
 
 
 def hf_tensors(model, model_type):
@@ -1946,57 +1979,20 @@ def hf_tensors(model, model_type):
                 yield f"{prefix}{hf_module}.{kind}", part
 
 
-def load_weights_and_extras(model, folder, model_type):
-    """Fills the model from the folder's safetensors, and notes for `save_pretrained` what GPTConfig does not hold.
-    Raises UserError for weights that are missing, misshapen or left over."""
-    from safetensors.torch import load_file
-    hf = read_json(folder / "config.json")
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    model.hf_extras["config.json"] = {name: hf[name] for name in names if hf.get(name) is not None}
-    path = folder / "generation_config.json"
-    if path.exists():
-        model.hf_extras[path.name] = read_json(path)
-        hf |= model.hf_extras[path.name]  # its ends go before config.json's, as in Transformers
-    if hf.get("eos_token_id") is not None:
-        model.end_ids = np.atleast_1d(hf["eos_token_id"]).tolist()
-    files = sorted(folder.glob("model*.safetensors"))  # Mistral's repositories hold the same under another name too
-    if not files:
-        raise UserError(f"{folder}: no model.safetensors; open the model in Transformers and save it again")
-    stored = {}
-    for file in files:
-        with explaining(f"{file}: not a whole safetensors file", "take another copy", but=(OSError, MemoryError)):
-            stored |= load_file(file)
-    for name, tensor in hf_tensors(model, model_type):
-        name = name if name in stored else name.removeprefix("transformer.")  # as OpenAI's file on the hub has it
-        if name not in stored:
-            raise UserError(f"{folder}: the weights lack {name}, which config.json asks for")
-        value = stored.pop(name)
-        if name.endswith("wpe.weight"):
-            value = value[:model.config.block_size]
-        if value.shape != tensor.shape:
-            raise UserError(f"{folder}: {name} has shape {list(value.shape)}, by config.json {list(tensor.shape)}")
-        tensor.copy_(value)
-    for name in stored:
-        is_derived = name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))  # in old files
-        head = model.lm_head.weight[:model.config.vocab_size]  # a tied one may be stored again, but not another one
-        if not is_derived and not (name == "lm_head.weight" and torch.equal(stored[name].float(), head)):
-            raise UserError(f"{folder}: the weights hold {name}, which this model class does not have")
-
-
 def open_model(name_or_folder, **overrides):
     """A model and its tokenizer."""
     folder = model_folder(name_or_folder)
     model = GPT.from_pretrained(folder, **overrides)
     name = read_json(folder / "config.json").get("tokenizer")
-    if name in ("gpt2", "byte"):  # ours says its name; others come with files
-        return model, fineweb.get_tokenizer(name)
-    gpt2 = fineweb.get_tokenizer("gpt2")
-    if any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+    builtin = fineweb.get_tokenizer(name if name in ("gpt2", "byte") else "gpt2")
+    has_its_size = model.config.vocab_size == builtin.vocab_size
+    has_files = any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
+    if has_files and not (has_its_size and name == builtin.name):
         tokenizer = fineweb.FolderTokenizer(folder)
-        return model, gpt2 if fineweb.same_tokenizer(tokenizer, gpt2) else tokenizer
-    if model.config.vocab_size != gpt2.vocab_size:
+        return model, builtin if fineweb.same_tokenizer(tokenizer, builtin) else tokenizer
+    if not has_its_size:
         raise UserError(f"{name_or_folder}: no tokenizer files beside the model; save its tokenizer there")
-    return model, gpt2
+    return model, builtin
 
 # -----------------------------------------------------------------------------
 # commands
@@ -2083,7 +2079,7 @@ def evaluate(argv):
     world.use_device(flags.device)
     model, tokenizer = open_model(flags.checkpoint)
     dtype, reason = choose_dtype("auto", model.config, world)
-    folder = follow(flags.checkpoint)
+    folder = model_folder(flags.checkpoint)
     is_checkpoint = (folder / "train_state.pt").exists()
     config = load_state(folder, mmap=True)[1] if is_checkpoint else TrainConfig()
     data = find_data(flags.data or config.setup.data)

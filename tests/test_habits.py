@@ -301,16 +301,6 @@ def test_a_torn_config_is_stepped_over(content, tmp_path):
     assert "not resumed from step_000006" in out and "step_000003 at step 3" in out
 
 
-def test_a_head_that_is_not_the_one_said_to_be_tied(words, tmp_path):
-    config = LlamaConfig(vocab_size=fineweb.get_tokenizer(str(words / "tokenizer")).vocab_size, hidden_size=16,
-                         intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    about = json.loads((tmp_path / "model/config.json").read_text())
-    (tmp_path / "model/config.json").write_text(json.dumps(about | {"tie_word_embeddings": True}))
-    with pytest.raises(fineweb.UserError, match="the weights hold lm_head.weight"):
-        GPT.from_pretrained(tmp_path / "model")
-
-
 def test_the_ends_of_a_generation_config(tmp_path):
     """They go before those of config.json, as in Transformers."""
     config = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,

@@ -75,13 +75,14 @@ def test_equals_gpt2_both_ways(shape, tmp_path):
 def test_opens_the_hubs_gpt2_layout(tmp_path):
     """OpenAI's file on the hub: names without a prefix, causal masks among the weights, no tied head."""
     from safetensors.torch import load_file, save_file
-    model = randomise(GPT(GPTConfig(**SHAPES[1])))
+    model = randomise(GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=40, vocab_size=257)))
     model.save_pretrained(tmp_path)
     tensors = {k.removeprefix("transformer."): v for k, v in load_file(tmp_path / "model.safetensors").items()}
     tensors |= {"h.0.attn.bias": torch.ones(1, 1, 40, 40), "h.1.attn.masked_bias": torch.tensor(-1e4)}
     save_file(tensors, tmp_path / "model.safetensors")
     idx = torch.randint(0, 257, (2, 40))
-    assert torch.equal(GPT.from_pretrained(tmp_path).eval()(idx), model(idx))
+    with torch.no_grad():
+        assert relative(GPT.from_pretrained(tmp_path).eval()(idx), model(idx).logits) < 1e-4
 
 
 def test_parameter_count_and_padding():
