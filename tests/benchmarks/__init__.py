@@ -1,0 +1,1 @@
+"""The parts of tests/benchmark.py, which is their command."""
