@@ -18,6 +18,8 @@ $ python tests/benchmark.py gpu           # what one GPU makes of it, in six pie
 $ python tests/benchmark.py gpu --piece 2 # one of them, each under ten minutes: 1 attention and tests/test_cuda.py,
                                           # 2 a step of gpt2, 3 of modern, 4 the ladder in 16 GB, 5 runs on the
                                           # machine's own text, 6 memory, resuming and T=8192
+$ python tests/benchmark.py gpu --minutes 7         # what tells most, written as it comes, over after so many minutes
+$ python tests/benchmark.py gpu --minutes 7 --tiny  # a rehearsal of it on any machine
 
 The parts themselves are in tests/benchmarks. Tables are Markdown; --json FILE keeps the rows too. Each row runs in a
 process of its own, so that its peak memory is its own. Timings are medians over steps; on a machine that others share,
@@ -31,17 +33,24 @@ import time
 import traceback
 from pathlib import Path
 
-import torch
+STARTED = time.time()  # before torch, which takes ten seconds from a cold disk
 
-from benchmarks import data, gpu, learning, speed
-from benchmarks.shared import ROOT, chip, fineweb, table
+import torch  # noqa: E402
 
-import hellaswag
+from benchmarks import data, gpu, learning, quick, speed  # noqa: E402
+from benchmarks.shared import ROOT, chip, fineweb, table  # noqa: E402
+
+import hellaswag  # noqa: E402
+
+
+def on_gpu(args):
+    return quick.quick_pass(args, STARTED) if args.minutes else gpu.gpu(args)
+
 
 COMMANDS = {"default": learning.default_run, "killed": learning.killed, "simulated": speed.simulated,
             "limit": speed.limit, "ladder": speed.ladder, "heads": speed.heads, "loader": speed.loader,
             "tokenize": data.tokenize, "architecture": speed.architecture, "hellaswag": data.score,
-            "tokens": learning.tokens, "gpu": gpu.gpu}  # in the order of RESULTS.md
+            "tokens": learning.tokens, "gpu": on_gpu}  # in the order of RESULTS.md
 NOT_IN_ALL = ("gpu",)  # for another machine
 HEADER = """# Results
 
@@ -84,6 +93,8 @@ def parse_args():
     parser.add_argument("--examples", type=int, default=200, help="scored (hellaswag)")
     parser.add_argument("--seeds", type=int, default=2, help="of each run (architecture, tokens)")
     parser.add_argument("--piece", type=int, choices=range(1, 7), help="only this one (gpu)")
+    parser.add_argument("--minutes", type=float, default=0, help="the quick pass, which ends after so many (gpu)")
+    parser.add_argument("--tiny", action="store_true", help="small sizes on any machine, a rehearsal (gpu --minutes)")
     parser.add_argument("--bf16_stream", action="store_true",
                         help="residual stream in bfloat16, in the runs of piece 5 (gpu)")
     parser.add_argument("--write", type=Path, help="put the tables into this Markdown file")

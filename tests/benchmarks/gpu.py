@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import traceback
 from functools import partial
@@ -125,9 +126,14 @@ def device_time(event):
     return event.self_device_time_total
 
 
+def recomputes(device):
+    """Whether the script makes norms and GELUs again in the backward pass, as it does where memory is short."""
+    return not (device.startswith("cuda") and torch.cuda.mem_get_info()[1] > 40e9)
+
+
 def step_tables(args, name, cases, **common):
     """The speed of each of the cases, {name: parts}, and a profile of the script's own step; in the largest batch."""
-    common |= dict(device=args.device, dtype=args.dtype, compiled=args.compiled)
+    common |= dict(device=args.device, dtype=args.dtype, compiled=args.compiled, recompute=recomputes(args.device))
     batch, rows = args.gpu_batch, []
     while not (first := isolated(training_speed, batch_size=batch, steps=args.steps, **common)):
         batch //= 2
@@ -255,19 +261,28 @@ def gpu_attention(args):
     tables = [table(f"Causal attention, {args.dtype}, {chip(args.device)}, {versions}", rows["speeds"]),
               table("Attention in windows, against float64 (trouble: nan; with usual logits also over 3e-2)",
                     rows["errors"])]
-    return tables + [table("tests/test_cuda.py", [{"says": cuda_tests([], timeout=480)}])]
+    return tables + [table("tests/test_cuda.py", [{"says": line} for line in cuda_tests([])])]
 
 
-def cuda_tests(flags, timeout):
-    """Runs tests/test_cuda.py; returns pytest's last line. What it says of failures goes to stderr."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rf", *flags, str(ROOT / "tests/test_cuda.py")]
-    tests = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout)
-    print(tests.stdout[-6000:], file=sys.stderr)
-    return tests.stdout.strip().splitlines()[-1]
+def cuda_tests(flags, seconds=480):
+    """Runs tests/test_cuda.py, for so long at most. Returns pytest's lines on failures and its last one; all that it
+    says goes to stderr as it comes."""
+    command = [sys.executable, "-m", "pytest", "-v", "-rf", "--tb=short", *flags, str(ROOT / "tests/test_cuda.py")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    lines = []
+    for line in process.stdout:
+        print(line, end="", file=sys.stderr, flush=True)
+        lines.append(line.strip())
+    timer.cancel()
+    process.wait()
+    return [line for line in lines if line.startswith(("FAILED ", "ERROR "))] + lines[-1:]
 
 
 def gpu_gpt2(args):
-    cases = {"this script": {}, "norms and GELUs kept": dict(recompute=False),
+    is_on = recomputes(args.device)
+    cases = {"this script": {}, f"norms and GELUs {'kept' if is_on else 'recomputed'}": dict(recompute=not is_on),
              "all logits at once": dict(head="plain"), "without cuDNN's attention": dict(attention="without cuDNN"),
              f"residual stream in {args.dtype}": dict(bf16_stream=True)}
     return step_tables(args, "gpt2", cases, shape=args.shape)
@@ -321,7 +336,8 @@ def gpu_limits(args):
 def long_flags(args, window):
     """Of a run whose text is so long that a window tells. window: 0 for none."""
     return args.run_flags | dict(preset="gpt2", rope=True, rmsnorm=True, swiglu=True, bias=False, max_steps=8,
-                                 window=window, block_size=args.long, total_batch_size=16 * args.long, batch_size=None)
+                                 eval_every=0, window=window, block_size=args.long,
+                                 total_batch_size=16 * args.long, batch_size=None)
 
 
 # in the order of what they tell
@@ -330,13 +346,23 @@ SIZES = dict(shape=GPT2, modern_shape=MODERN_GPT2, gpu_batch=64, compiled=True, 
              windows=(16, 32, 96, 128, 512), characters=500_000_000, examples=10042, long=8192, card_gib=16,
              run_steps=100, run_flags=dict(eval_tokens=2097152))
 
+TINY_SHAPE = dict(n_layer=1, n_head=2, n_embd=32, block_size=32)
+TINY = dict(  # for a rehearsal on any machine
+    dtype="bfloat16", steps=1, compiled=False, shape=TINY_SHAPE, modern_shape=TINY_SHAPE | dict(rope=True, qk_norm=True),
+    gpu_batch=2, lengths=(9, 10), windows=(4,), characters=200_000, examples=8, long=64, card_gib=0, run_steps=4,
+    run_flags=TINY_SHAPE | dict(total_batch_size=256, batch_size=4, eval_tokens=64, compile=False, dtype="float32"))
 
-def gpu(args):
-    """For any one GPU, with no network. Ends with all tables in one line of JSON, to be sent back."""
+
+def require_cuda():
     if not torch.cuda.is_available():
         problem = "PyTorch finds none (see nvidia-smi)" if torch.version.cuda else "this PyTorch is a build without it"
         print(f"error: gpu needs a GPU with CUDA, and {problem}", file=sys.stderr)
         sys.exit(2)
+
+
+def gpu(args):
+    """For any one GPU, with no network. Ends with all tables in one line of JSON, to be sent back."""
+    require_cuda()
     args = argparse.Namespace(**vars(args) | SIZES)
     tables = []
     for number in [args.piece] if args.piece else PIECES:
