@@ -14,6 +14,8 @@ $ python tests/benchmark.py tokenize      # fineweb.py, on a short and a long ru
 $ python tests/benchmark.py architecture  # the modern parts, at T = 1024 and 8192
 $ python tests/benchmark.py hellaswag     # hellaswag.py
 $ python tests/benchmark.py tokens        # how many tokens less the modern recipe needs
+$ python tests/benchmark.py sizes --data novels.txt  # the same at three sizes; hours, goes on where it was cut off,
+$ python tests/benchmark.py sizes --only_table       # and its table and picture of what there is; not in `all`
 $ python tests/benchmark.py gpu           # what one GPU makes of it, in six pieces, an hour; not in `all`
 $ python tests/benchmark.py gpu --piece 2 # one of them, each under ten minutes: 1 attention and tests/test_cuda.py,
                                           # 2 a step of gpt2, 3 of modern, 4 the ladder in 16 GB, 5 runs on the
@@ -37,7 +39,7 @@ STARTED = time.time()  # before torch, which takes ten seconds from a cold disk
 
 import torch  # noqa: E402
 
-from benchmarks import data, gpu, learning, quick, speed  # noqa: E402
+from benchmarks import data, gpu, learning, quick, sizes, speed  # noqa: E402
 from benchmarks.shared import ROOT, chip, fineweb, table  # noqa: E402
 
 import hellaswag  # noqa: E402
@@ -50,8 +52,8 @@ def on_gpu(args):
 COMMANDS = {"default": learning.default_run, "killed": learning.killed, "simulated": speed.simulated,
             "limit": speed.limit, "ladder": speed.ladder, "heads": speed.heads, "loader": speed.loader,
             "tokenize": data.tokenize, "architecture": speed.architecture, "hellaswag": data.score,
-            "tokens": learning.tokens, "gpu": on_gpu}  # in the order of RESULTS.md
-NOT_IN_ALL = ("gpu",)  # for another machine
+            "tokens": learning.tokens, "sizes": sizes.sizes, "gpu": on_gpu}  # in the order of RESULTS.md
+NOT_IN_ALL = ("sizes", "gpu")  # hours, and for another machine
 HEADER = """# Results
 
 Written by `python tests/benchmark.py all --write tests/RESULTS.md`: each part on the machine, and by the command, that stand
@@ -86,12 +88,16 @@ def parse_args():
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=1, help="micro-steps a step (ladder)")
     parser.add_argument("--steps", type=int, help="timed steps of each row (ladder: 2, on CUDA 10; gpu: 12); optimizer "
-                        "steps (architecture, tokens: 250)")
+                        "steps (architecture, tokens: 250; sizes: 512)")
     parser.add_argument("--tokens", type=int, default=65536, help="trained on by each row, twice (architecture)")
     parser.add_argument("--megabytes", type=int, default=80, help="of text (tokenize)")
     parser.add_argument("--copies", type=int, default=7, help="of that text in the long run (tokenize)")
     parser.add_argument("--examples", type=int, default=200, help="scored (hellaswag)")
     parser.add_argument("--seeds", type=int, default=2, help="of each run (architecture, tokens)")
+    parser.add_argument("--data", type=Path, help="a text file (sizes)")
+    parser.add_argument("--results", type=Path, default=Path("sizes.jsonl"), help="of all runs so far (sizes)")
+    parser.add_argument("--only_table", action="store_true", help="of these results, with no run (sizes)")
+    parser.add_argument("--depths", type=int, nargs="+", default=sizes.DEPTHS, help="layers of the models (sizes)")
     parser.add_argument("--piece", type=int, choices=range(1, 7), help="only this one (gpu)")
     parser.add_argument("--minutes", type=float, default=0, help="the quick pass, which ends after so many (gpu)")
     parser.add_argument("--tiny", action="store_true", help="small sizes on any machine, a rehearsal (gpu --minutes)")
@@ -113,7 +119,7 @@ def steps_of(name, device):
     """--steps, where it is not given."""
     if name == "ladder":
         return 10 if device.startswith("cuda") else 2
-    return 12 if name == "gpu" else 250
+    return {"gpu": 12, "sizes": 512}.get(name, 250)
 
 
 def main():

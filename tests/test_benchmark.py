@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -18,8 +19,9 @@ import pytest
 import torch
 
 import benchmark
-from benchmarks import gpu, quick, shared, speed
-from conftest import ROOT
+import train_gpt2
+from benchmarks import gpu, quick, shared, sizes, speed
+from conftest import ROOT, run
 
 TINY = argparse.Namespace(**gpu.TINY, device="cpu", bf16_stream=True, batch_size=2)
 
@@ -165,6 +167,90 @@ def test_without_a_gpu_it_is_one_line():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: gpu needs a GPU") and done.stderr.count("\n") == 1
     assert not done.stdout
+
+
+def sizes_command(monkeypatch, capsys, *flags):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "sizes", *map(str, flags)])
+    benchmark.main()
+    return capsys.readouterr().out
+
+
+def test_sizes_finds_the_best_rates_and_goes_on_where_it_was_cut_off(monkeypatch, capsys, text_file, tmp_path):
+    """With runs that are pretended: the loss falls by 1/tokens, and modern's by the same in half of them. The best rate of
+    the smallest model is beyond those that are tried first, that of the others one of them."""
+    made = []
+
+    def train(results, depth, recipe, lr, seed, steps, tag):
+        made.append((depth, recipe, lr, seed))
+        if lr == 2e-3 and depth == 2:
+            return dict.fromkeys(sizes.FIGURES) | {"wall": 1.0, "vals": ["it broke"]}
+        best = {2: 32e-3, 4: 32e-3, 6: 16e-3}[depth]
+        off = abs(math.log2(lr / best)) / 10 + (seed == 1) / 100
+        need = 1 if recipe == "gpt2" else 0.5
+        vals = [[step, 1 / depth + off + need / step] for step in (2, 4, 6, 8)]
+        return {"val_loss": vals[-1][1], "val_bpb": vals[-1][1] / math.log(2), "tokens": 8 * 4096, "training_seconds": 10.0,
+                "tokens_per_second": 3276.8, "parameters": 1000 * depth, "wall": 12.0, "vals": vals}
+
+    monkeypatch.setattr(sizes.Results, "train", train)
+    monkeypatch.setattr(sizes, "FIRST_RATES", dict.fromkeys(("gpt2", "modern"), (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)))
+    flags = ["--data", text_file, "--steps", 8, "--results", tmp_path / "sizes.jsonl"]
+    out = sizes_command(monkeypatch, capsys, *flags)
+    assert len(made) == len(set(made))
+    rates = {depth: sorted(lr for d, recipe, lr, seed in made if (d, recipe, seed) == (depth, "modern", 1337))
+             for depth in (2, 4, 6)}
+    assert rates[2] == [1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3, 64e-3]
+    assert rates[4] == [8e-3, 16e-3, 32e-3, 64e-3] and rates[6] == [16e-3, 32e-3]
+    assert sorted(lr for d, recipe, lr, seed in made if (d, recipe, seed) == (2, "gpt2", 1)) == [16e-3, 32e-3, 64e-3]
+    assert (tmp_path / "sizes.png").stat().st_size > 5000
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| ")]
+    rows = [dict(zip(rows[0], row)) for row in rows[2:]]
+    assert [(row["layers x channels"], row["recipe"], row["best rate"]) for row in rows] == [
+        ("2 x 128", "gpt2", "0.032"), ("2 x 128", "modern", "0.032"), ("4 x 256", "gpt2", "0.032"),
+        ("4 x 256", "modern", "0.032"), ("6 x 384", "gpt2", "0.016"), ("6 x 384", "modern", "0.016")]
+    assert rows[0]["loss, nats a byte"] == "0.6300 ± 0.0050" and rows[4]["loss, nats a byte"] == f"{1 / 6 + 1 / 8:.4f}"
+    assert {(row["tokens to gpt2's loss"], row["share"]) for row in rows} == {("–", "–"), ("16,384", "50%")}
+
+    lines = (tmp_path / "sizes.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "sizes.jsonl").write_text("".join(lines[:-1]))
+    made.clear()
+    assert sizes_command(monkeypatch, capsys, *flags) == out and len(made) == 1
+    made.clear()
+    only_table = ["--only_table", "--steps", 8, "--results", tmp_path / "sizes.jsonl"]
+    assert sizes_command(monkeypatch, capsys, *only_table) == out and not made
+
+
+def test_a_run_of_sizes_is_what_its_line_says(monkeypatch, text_file, tmp_path):
+    def run_here(command, **how):
+        run(Path(command[1]).name, *command[2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run_here)
+    monkeypatch.setattr(sizes, "COMMON", [*sizes.COMMON, "--no_compile", "--dtype", "float32"])
+    results = sizes.Results(tmp_path / "sizes.jsonl", text_file)
+    for recipe in sizes.RECIPES:
+        run_keys = dict(depth=1, recipe=recipe, lr=1e-3, seed=1337, steps=9)
+        loss = results.loss(**run_keys)
+        record = results.read()[-1]
+        assert record.items() >= (run_keys | {"tag": "", "tokens": 9 * 4096, "val_loss": loss}).items()
+        assert [step for step, _ in record["vals"]] == list(range(1, 10)) and record["vals"][-1][1] == loss
+        assert record["val_bpb"] == pytest.approx(loss / math.log(2), rel=1e-3)
+        modern = dict(rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False) if recipe == "modern" else {}
+        shape = train_gpt2.GPTConfig(n_layer=1, n_head=1, n_embd=64, block_size=256, vocab_size=257, **modern)
+        assert record["parameters"] == train_gpt2.GPT(shape).num_parameters()
+
+
+def test_sizes_says_what_it_lacks(monkeypatch, capsys, tmp_path):
+    for flags, lacks in (([], "--data None"), (["--data", tmp_path / "no.txt"], "no.txt: sizes needs a text file"),
+                         (["--only_table", "--results", tmp_path / "no.jsonl"], "no.jsonl holds no run")):
+        with pytest.raises(SystemExit) as stop:
+            sizes_command(monkeypatch, capsys, *flags)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and "error: " in err and lacks in err
+
+
+@pytest.mark.parametrize("loss, tokens", [(3.0, 10), (2.0, 20), (1.5, 25), (0.5, None), (9.0, 10)])
+def test_tokens_to_a_loss(loss, tokens):
+    assert sizes.tokens_to(loss, [(10, 3.0), (20, 2.0), (30, 1.0)]) == tokens
 
 
 def test_what_is_measured_in_turns_gives_medians_and_says_what_failed(monkeypatch):

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 from benchmarks import speed
 from benchmarks.data import realistic_examples
-from benchmarks.shared import (ROOT, attempted, chip, fineweb, isolated, seconds_of, synchronize, table, train,
-                               train_gpt2)
+from benchmarks.shared import (ROOT, attempted, chip, fineweb, isolated, refuse, seconds_of, synchronize, table,
+                               train, train_gpt2)
 from benchmarks.speed import GPT2, to_compute_dtype, training_speed, training_step
 
 MODERN_GPT2 = dict(GPT2, rope=True, rmsnorm=True, swiglu=True, qk_norm=True, bias=False)
@@ -348,16 +348,15 @@ SIZES = dict(shape=GPT2, modern_shape=MODERN_GPT2, gpu_batch=64, compiled=True, 
 
 TINY_SHAPE = dict(n_layer=1, n_head=2, n_embd=32, block_size=32)
 TINY = dict(  # for a rehearsal on any machine
-    dtype="bfloat16", steps=1, compiled=False, shape=TINY_SHAPE, modern_shape=TINY_SHAPE | dict(rope=True, qk_norm=True),
-    gpu_batch=2, lengths=(9, 10), windows=(4,), characters=200_000, examples=8, long=64, card_gib=0, run_steps=4,
+    dtype="bfloat16", steps=1, compiled=False, gpu_batch=2, shape=TINY_SHAPE,
+    modern_shape=TINY_SHAPE | dict(rope=True, qk_norm=True), lengths=(9, 10), windows=(4,), characters=200_000, examples=8, long=64, card_gib=0, run_steps=4,
     run_flags=TINY_SHAPE | dict(total_batch_size=256, batch_size=4, eval_tokens=64, compile=False, dtype="float32"))
 
 
 def require_cuda():
     if not torch.cuda.is_available():
         problem = "PyTorch finds none (see nvidia-smi)" if torch.version.cuda else "this PyTorch is a build without it"
-        print(f"error: gpu needs a GPU with CUDA, and {problem}", file=sys.stderr)
-        sys.exit(2)
+        refuse(f"gpu needs a GPU with CUDA, and {problem}")
 
 
 def gpu(args):

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import gpu
-from benchmarks.shared import ROOT, chip, descendants, fineweb, make_table, measured, peak_memory
+from benchmarks.shared import ROOT, chip, descendants, fineweb, make_table, measured, peak_memory, refuse
 from benchmarks.speed import speed_of, training_step
 
 START_METHOD = "spawn"  # a process that has used CUDA cannot be forked
@@ -54,7 +54,8 @@ def fits(preset, args):
 def resumed(args):
     flags = run_flags(args, preset="modern", deterministic=True, max_steps=8, checkpoint_every=4, eval_every=0,
                       n_layer=args.resumed_layers, total_batch_size=16 * args.shape["block_size"], batch_size=8)
-    yield make_table("A deterministic run, resumed", [gpu.resumed_bytes(args.folder / "resumed", flags, last_step=8)])
+    row = gpu.resumed_bytes(args.folder / "resumed", flags, last_step=8)
+    yield make_table("A deterministic run, resumed", [row])
 
 
 def step(preset, args):
@@ -174,8 +175,7 @@ def check_packages():
         except ModuleNotFoundError as error:  # carried without what it needs itself
             missing.append(error.name)
     if missing:
-        print("error: packages are missing: pip install", *(name.replace("_", "-") for name in missing), file=sys.stderr)
-        sys.exit(2)
+        refuse(f"packages are missing: pip install {' '.join(missing).replace('_', '-')}")
 
 
 def machine_row(device):

@@ -114,6 +114,12 @@ def medians(rows):
 def spread(values):
     return f"{statistics.mean(values):.4f} ± {(max(values) - min(values)) / 2:.4f}"
 
+
+def refuse(problem):
+    """Ends the command with one line."""
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
+
 # -----------------------------------------------------------------------------
 # tables
 
