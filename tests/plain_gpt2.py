@@ -40,14 +40,13 @@ class Settings:
     min_lr: float = 6e-5  # the one at the end
     warmup_steps: int = 715
     decay_fraction: float = 0.4  # part of the steps in which wsd decays
-    momentum_warmup_steps: int = 0  # of muon
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     eval_tokens: int = 10485760
     seed: int = 1337
 
 MODERN = Settings(modern=True, optimizer="muon", schedule="wsd", decay_fraction=0.6, lr=1.8e-3,
-                  min_lr=0.0, momentum_warmup_steps=300)
+                  min_lr=0.0)
 # Shakespeare in bytes: 256 ids, and the id of an end-of-text that this one text does not have.
 BYTES = dict(data="input.txt", vocab_size=257)
 SMALL = dict(BYTES, n_layer=2, n_head=4, n_kv_head=4, n_embd=64, block_size=32, lr=1e-3,
@@ -57,7 +56,7 @@ PRESETS = {
     "modern": MODERN,
     "tiny": replace(MODERN, **BYTES, n_layer=3, n_head=4, n_kv_head=4, n_embd=128, block_size=128,
                     total_batch_size=3072, batch_size=8, max_steps=300, lr=6e-3, warmup_steps=15,
-                    momentum_warmup_steps=50, weight_decay=0.01, eval_tokens=65536),
+                    weight_decay=0.01, eval_tokens=65536),
     "small-gpt2": Settings(**SMALL),  # seconds: all parts of either kind, for the test
     "small-modern": replace(MODERN, **SMALL | dict(n_kv_head=2, window=12, lr=6e-3)),
 }
@@ -198,8 +197,9 @@ def shuffled(n, *key):
     return np.argsort(np.random.PCG64(key).random_raw(n), kind="stable")
 
 def training_windows(shards, s):
-    # Goes on for ever. The shards are shuffled, and the windows within each, anew in every epoch. All of one shard
-    # comes before the next, so that one is read at a time, however large the corpus is.
+    # Goes on for ever. The shards are shuffled, and the windows within each, anew in every epoch.
+    # All of one shard comes before the next, so that one is read at a time, however large the
+    # corpus is.
     for epoch in count():
         for shard in shuffled(len(shards), s.seed, epoch).tolist():
             for window in shuffled(len(shards[shard]), s.seed, epoch, shard):
@@ -247,9 +247,8 @@ def learning_rate(step, s):
 
 def muon_momentum(step, s):
     # Muon averages over about 1 / (1 - momentum) gradients. Early ones are soon out of date: from 7
-    # of them, at 0.85, it rises in a line to 20, at 0.95. Of a short run this takes a fifth at most.
-    warmup = min(s.momentum_warmup_steps, s.max_steps // 5)
-    return 0.95 - 0.1 * max(0, warmup - step) / max(1, warmup)
+    # of them, at 0.85, it rises in a line to 20, at 0.95: in 300 steps, or a sixth of a short run.
+    return 0.85 + 0.1 * min(1, max(step / 300, 6 * step / s.max_steps))
 
 # TRAINING.
 def loss_sum(model, windows):

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fineweb
+import hellaswag
 import train_gpt2
 from conftest import ROOT, SMALL, call_main, is_untouched, log_lines, losses, refused, run
 from train_gpt2 import GPT, GPTConfig, RecipeFlags, ScheduleFlags
@@ -186,7 +187,7 @@ def test_a_chip_that_the_build_does_not_know_is_one_line(script, flags, monkeypa
 def test_a_part_of_a_chip_has_no_known_peak(monkeypatch):
     for name, peak in [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None), ("NVIDIA A100-SXM4-40GB", 312e12)]:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-        assert train_gpt2.peak_flops("cuda") == peak
+        assert hellaswag.peak_flops("cuda") == peak
 
 
 def test_schedules_against_their_formulas():

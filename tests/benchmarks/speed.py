@@ -172,7 +172,7 @@ def speed_of(model, step, tokens, device, steps, warm_steps=0):
     for _ in range(warm_steps):
         step()
     seconds = seconds_of(step, device, steps, warm=False)
-    peak = train_gpt2.peak_flops(device.split(":")[0])
+    peak = hellaswag.peak_flops(device.split(":")[0])
     mfu = tokens / seconds * train_gpt2.flops_per_token(model) / peak if peak else None
     return {"tokens_per_second": tokens / seconds, "ms": 1000 * seconds, "start_s": first - seconds, "mfu": mfu}
 
