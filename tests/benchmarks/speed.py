@@ -15,6 +15,7 @@ import torch._functorch.config
 import torch.nn as nn
 import torch.nn.functional as F
 
+import hellaswag
 from benchmarks import learning
 from benchmarks.shared import (ROOT, ROUNDS, attempted, in_turns, isolated, seconds_of, spread, synchronize, table,
                                train, train_gpt2)
