@@ -180,7 +180,6 @@ class TrainConfig:
     system: SystemFlags = field(default_factory=SystemFlags)
 
     def flat(self):
-        """{flag: value}, as checkpoints and log.jsonl hold it."""
         return {name: value for group in vars(self).values() for name, value in vars(group).items()}
 
     def update(self, values, keep=()):
@@ -216,7 +215,6 @@ MOST = dict(dropout=0.9999, beta1=0.9999, beta2=0.9999, decay_fraction=1)
 
 
 def check_ranges(values):
-    """Raises UserError for a number in {flag: value} that is out of its range."""
     for name, value in values.items():
         least, most = LEAST.get(name, 0), MOST.get(name, 1e15)
         if isinstance(value, (int, float)) and not least <= value <= most:  # nan is in no range
@@ -668,7 +666,7 @@ def sample_token(logits, temperature, top_k, generator):
 
 @lru_cache(maxsize=4)
 def permutation(n, *key):
-    """A random order of range(n), a function of the key alone (raw PCG64 output: the same on every numpy)."""
+    # By raw bits of PCG64, which are the same on every numpy; its generators' methods may change.
     return np.argsort(np.random.PCG64(key).random_raw(n), kind="stable")
 
 
@@ -690,8 +688,8 @@ class Corpus:
         return shard if isinstance(shard, np.ndarray) else fineweb.read_shard(shard)
 
     def fingerprint(self):
-        """A sha256 that tells this data from other, wherever it lies: of a text's tokens, or shards' sizes and ends."""
-        # Not of whole shards: to read 20 GB at every start would take minutes.
+        """A sha256 that tells this data from other, wherever it lies."""
+        # Of shards only by sizes and ends: to read 20 GB at every start would take minutes.
         digest = hashlib.sha256()
         for shard in self.shards:
             tokens = self.read(shard)
@@ -706,7 +704,8 @@ class Corpus:
         return int(order[i]), int(number - ends[i] + self.windows_per_shard[order[i]])
 
     def locate(self, number, seed):
-        """As `find`, for training: shards are shuffled by (seed, epoch), their windows by (seed, epoch, shard)."""
+        # Shards are shuffled by (seed, epoch), windows by (seed, epoch, shard): any window is found without those
+        # before.
         epoch, number = divmod(number, self.num_windows)
         shard, window = self.find(number, permutation(len(self.shards), seed, epoch))
         return shard, int(permutation(int(self.windows_per_shard[shard]), seed, epoch, shard)[window])
@@ -740,8 +739,8 @@ def training_batches(corpus, start, batch_size, world, seed):
             batch = pending.result()
             start += world.size * batch_size
             pending = thread.submit(read, start)
-            # CUDA's allocator keeps pinned memory until the copy has ended. From other memory a copy must be waited for:
-            # this batch is dropped at once, and Macs have read what came after it (pytorch issue 189690).
+            # CUDA's allocator keeps pinned memory until the copy has ended. From other memory a copy must be waited
+            # for: this batch is dropped at once, and Macs have read what came after it (pytorch issue 189690).
             batch = batch.to(world.device, non_blocking=is_cuda)
             yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
@@ -817,7 +816,7 @@ def orthogonalize(x, group):
 
 
 def make_optimizers(model, recipe, device_type):
-    """AdamW (Loshchilov & Hutter 2019); and with --optimizer muon Muon for the blocks' matrices, scaled (Liu et al. 2025)."""
+    """AdamW (Loshchilov & Hutter 2019); with --optimizer muon also Muon, scaled by Liu et al. 2025."""
     for_muon = [p for p in model.h.parameters() if p.ndim == 2] if recipe.optimizer == "muon" else []
     taken = set(for_muon)
     rest = [p for p in model.parameters() if p not in taken]
@@ -936,7 +935,6 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
 
     def total_seconds(self):
-        """Of this process and of those that the run goes on from, from their start."""
         return self.earlier_seconds + time.monotonic() - STARTED
 
     def train_step(self):
@@ -1016,7 +1014,6 @@ class Run:
         return every > 0 and self.step > 0 and not self.stopped and (self.is_over() or self.step % every == 0)
 
     def save(self):
-        """Writes a checkpoint of this step, unless there is one. If the disk refuses, training goes on."""
         if self.saved_step != self.step and self.world.on_rank_0(save_checkpoint, self):
             self.saved_step = self.step
 
@@ -1061,7 +1058,7 @@ def training_loop(run):
     bar.close()
     if not run.stopped:
         log_end(run)
-    run.log.close()
+    run.log.opened.close()
     if run.saved_step != run.step and (run.stopped or evaluation.checkpoint_every):
         raise RunFailed(f"the last checkpoint could not be written; {describe_newest_checkpoint(run)}")
     if run.stopped:
@@ -1097,8 +1094,9 @@ class StopRequest:
 
     # A second signal of the same kind stops at once. Not of another: some systems send two. Not within three seconds
     # under torchrun, which repeats a Ctrl-C that came here too: without that clock four of nine runs lost their last
-    # checkpoint, with it none of six. And not SIGXCPU, which the kernel repeats every second, also at the end. SIGCONT is no request: it
-    # ends a suspension by Ctrl-Z, which cannot be noted itself and which no clock tells, for they go on meanwhile.
+    # checkpoint, with it none of six. And not SIGXCPU, which the kernel repeats every second, also at the end. SIGCONT
+    # is no request: it ends a suspension by Ctrl-Z, which cannot be noted itself and which no clock tells, for they go
+    # on meanwhile.
     def __call__(self, number, frame):
         grace = 3 if "TORCHELASTIC_RUN_ID" in os.environ else 0  # seconds
         if number == signal.SIGCONT:
@@ -1131,7 +1129,6 @@ def flags_given(argv):
 
 
 def read_flags(argv):
-    """The config, and the names of the flags that were given."""
     config, given = fineweb.parse_flags(TrainConfig, argv, prog="train_gpt2.py", description=__doc__), flags_given(argv)
     check_ranges(config.flat())
     if config.setup.resume_from:
@@ -1142,7 +1139,6 @@ def read_flags(argv):
 
 
 def resumed_config(flags, given, config):
-    """A checkpoint's config, with those of the flags that were given and may change."""
     values, saved = flags.flat(), config.flat()
     for name in given - MAY_CHANGE - PLACES:
         if values[name] != saved[name]:
@@ -1182,7 +1178,6 @@ def complete_config(config, given):
 
 
 def new_model(config):
-    """The model of a new run and its tokenizer."""
     setup, flags = config.setup, config.model
     torch.manual_seed(config.recipe.seed)
     if setup.init_from == "scratch":
@@ -1290,7 +1285,6 @@ def model_to_train(run):
 
 
 def print_summary(run):
-    """What was chosen, and the flags that choose otherwise."""
     setup, world, T = run.config.setup, run.world, run.model.config.block_size
     steps, tokens = run.config.schedule.max_steps, run.config.recipe.total_batch_size
     train, val = run.train_data.num_windows * T, run.val_data.num_windows * T  # tokens
@@ -1365,7 +1359,7 @@ def log_validation(run):
 
 
 def log_end(run):
-    """The figures of a finished run, for a script to read: the last line of log.jsonl, and a line each here."""
+    # For a script to read: the last line of log.jsonl, and a line each here.
     tokens = run.config.recipe.total_batch_size
     speed = run.timed_steps * tokens / max(run.seconds, 1e-9)
     last = run.log.vals.get(checkpoint_name(run.step), {})  # none where validation is off
@@ -1421,7 +1415,7 @@ def log_sample(run):
 
 
 def load_hellaswag(path, world):
-    """The examples, which rank 0 reads for all. Without a path, None if they cannot be downloaded."""
+    # Rank 0 reads for all. Without a path, a download that fails is no reason not to train.
     try:
         examples = hellaswag.load_examples(path) if world.rank == 0 else None
     except UserError as error:
@@ -1433,7 +1427,6 @@ def load_hellaswag(path, world):
 
 
 def score_hellaswag(model, examples, tokenizer, world, dtype, stop=None):
-    """hellaswag.evaluate's dict; all ranks share the work."""
     with autocast(world.device_type, dtype), changing_shapes():
         return hellaswag.evaluate(model, examples, tokenizer.encode, style="completion", device=world.device, stop=stop)
 
@@ -1503,7 +1496,6 @@ def current_place(run):
 
 
 def delete_old_checkpoints(run):
-    """All but the best one and the newest."""
     out_dir, keep = Path(run.config.setup.out_dir), run.config.evaluation.keep_checkpoints
     older = [path for step, path in list_checkpoints(out_dir).items() if step <= run.step]  # newer ones are damaged
     for folder in older[:-keep] if keep else []:
@@ -1518,7 +1510,7 @@ def delete_unfinished_saves(out_dir):
 
 
 def point_to(folder, name):
-    """Makes `name`, beside the checkpoint, a link to it; on a file system without links a text file with its name."""
+    # On a file system without links it is a text file with the checkpoint's name, which `follow` reads.
     path, temporary = folder.parent / name, folder.parent / f".tmp_{name}"
     try:
         temporary.unlink(missing_ok=True)
@@ -1595,7 +1587,7 @@ def choose_checkpoint(setup, world):
 
 
 def open_checkpoint(setup, world):
-    """The checkpoint that rank 0 chooses, on every rank; None to begin a run."""
+    # Rank 0 chooses: another rank could find another folder whole, on a network's disk.
     checkpoint = choose_checkpoint(setup, world) if world.rank == 0 else None
     folder = world.from_rank_0(checkpoint and checkpoint.folder)
     return checkpoint or folder and load_checkpoint(folder)
@@ -1672,11 +1664,7 @@ class RunLog:
                 self.tensorboard.add_text(kind, f"```\n{text}\n```", step)
 
     def best(self, name):
-        """The least validation loss or bpb so far."""
         return min((line[name] for line in self.vals.values() if line.get(name)), default=math.inf)
-
-    def close(self):
-        self.opened.close()
 
 
 # With a log but no good checkpoint --resume begins that run anew, but not another one in its place.
@@ -1693,7 +1681,6 @@ def check_lost_run(run, path):
 
 
 def describe_run(run):
-    """The config line of log.jsonl: the flags, and what was chosen."""
     world, config = run.world, run.config
     chosen = {"device": world.device, "chip": hellaswag.chip_name(world.device_type), "world_size": world.size,
               "dtype": str(run.dtype)[6:], "compiled": run.is_compiled, "batch_size": run.batch_size,
@@ -1763,7 +1750,7 @@ class World:
             torch.utils.deterministic.fill_uninitialized_memory = False
 
     def lock_folder(self, folder):
-        """Makes it, and keeps other runs out of it until `close` or the end of this process. Raises UserError."""
+        """Makes it, and keeps other runs out of it until the end of this process. Raises UserError."""
         if self.rank == 0:
             with explaining(f"--out_dir {folder}: cannot be written", "choose another", but=UserError):
                 self.lock = fineweb.lock_folder(folder)
@@ -1783,19 +1770,13 @@ class World:
         return values.tolist()
 
     def from_rank_0(self, value):
-        """Rank 0's value, on all ranks."""
         values = [value]
         if self.distributed:
             dist.broadcast_object_list(values, src=0, device="cpu")
         return values[0]
 
     def on_rank_0(self, function, *args):
-        """What the function returns, called on rank 0 alone."""
         return self.from_rank_0(function(*args) if self.rank == 0 else None)
-
-    def unlock(self):
-        if self.lock is not None:
-            os.close(self.lock)
 
     def close(self):
         if self.distributed:
@@ -1803,8 +1784,8 @@ class World:
 
 
 def keep_freed_memory():
-    """Lets glibc use freed memory again, not return it to the system, which gives it back page by page, and slowly."""
-    # Page faults were a quarter of a step of GPT-2 124M.
+    # glibc shall use freed memory again, not return it to the system, which gives it back page by page: page faults
+    # were a quarter of a step of GPT-2 124M.
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large array
@@ -1813,7 +1794,7 @@ def keep_freed_memory():
 
 @contextlib.contextmanager
 def changing_shapes():
-    """For inputs of ever new shapes: nothing is compiled, and no attention by cuDNN, which plans for each shape."""
+    # For inputs of ever new shapes: the compiler would compile each, and cuDNN's attention plans for each, up to 0.4 s.
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(kernels):
         yield
@@ -2009,10 +1990,6 @@ def train(argv):
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(run) from None
-    finally:
-        gc.enable()
-        gc.unfreeze()
-        world.unlock()
     was_interrupted = run.stopped and run.stop.number == signal.SIGINT
     del run  # and DDP with it, which must not outlive the process group
     world.close()
@@ -2023,7 +2000,6 @@ def train(argv):
 
 
 def out_of_memory(run):
-    """The error to raise; it names the next smaller batch that divides."""
     if run is None:
         return RunFailed("out of memory before the first step; a smaller model is needed")
     size, sequences = run.batch_size, run.batch_size * run.micro_steps

@@ -51,13 +51,23 @@ def call_main(script, args):
     main = importlib.import_module(script.removesuffix(".py")).main
     handlers = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGCONT)}
     deterministic = torch.are_deterministic_algorithms_enabled()
+    locks, lock_folder = [], fineweb.lock_folder
+
+    def lock_until_the_end(folder):
+        locks.append(lock_folder(folder))
+        return locks[-1]
     try:
-        with mock.patch.object(sys, "argv", [script, *map(str, args)]):
+        with mock.patch.object(sys, "argv", [script, *map(str, args)]), mock.patch.object(fineweb, "lock_folder", lock_until_the_end):
             fineweb.run_cli(main)
         return 0
     except SystemExit as stop:
         return stop.code or 0
     finally:
+        for lock in locks:  # what the end of a process does
+            with contextlib.suppress(OSError):
+                os.close(lock)
+        gc.enable()
+        gc.unfreeze()
         torch.use_deterministic_algorithms(deterministic)
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -500,7 +500,7 @@ def test_a_bad_gradient_of_one_optimizer_skips_both(dtype, bad, small_shards, tm
     hook.remove()
     line = run.train_step()
     assert "skipped" not in line and not any(map(torch.equal, before, run.model.parameters()))
-    run.log.close()
+    run.log.opened.close()
 
 
 def test_ten_nans_in_a_row_end_the_run(small_shards, tmp_path, monkeypatch):

@@ -282,7 +282,7 @@ def test_a_long_log_takes_no_memory(finished, tmp_path, monkeypatch):
                                      is_due=lambda every: False)
     monkeypatch.setattr(train_gpt2, "describe_run", lambda run: {"kind": "config", "step": 10})
     tracemalloc.start()
-    train_gpt2.RunLog(run).close()
+    train_gpt2.RunLog(run).opened.close()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2e6 and (tmp_path / "log.jsonl").read_text().count('"train"') == 20_000
