@@ -906,7 +906,7 @@ class Run:
         self.hellaswag_examples = evaluation.hellaswag_every and load_hellaswag(evaluation.hellaswag_data, world)
         self.log = RunLog(self)
         print_summary(self)
-        if checkpoint and checkpoint.folder.resolve() != Path(setup.out_dir, checkpoint_name(self.step)).resolve():
+        if checkpoint and checkpoint.folder.resolve() != Path(setup.out_dir, f"step_{self.step:06d}").resolve():
             self.saved_step = None  # of another place: from here on, what out_dir holds must be enough to resume
             self.save()
         self.stop = StopRequest()  # of this rank
@@ -927,8 +927,8 @@ class Run:
         self.run_id = state["run_id"] or f"{time.time_ns():x}"
         self.fingerprint = self.train_data.fingerprint()
         if state["fingerprint"] not in (None, self.fingerprint):
-            raise UserError(f"--data {self.config.setup.data}: the run has other data, by its tokens; give "
-                            "its own, or begin a new run with --init_from and a checkpoint")
+            raise UserError(f"--data {self.config.setup.data}: the run in {self.config.setup.out_dir} has other tokens; "
+                            "give its own data, or begin a new run with --init_from and a checkpoint")
         for optimizer, saved in zip(self.optimizers, state.get("optimizers", [])):
             optimizer.load_state_dict(saved)
         if state.get("scaler"):  # else it was not in float16
@@ -1349,10 +1349,9 @@ def log_validation(run):
     perplexity = math.exp(min(loss, 700))
     run.log.write("val", run.step, loss=loss, perplexity=perplexity, bpb=bpb)
     if world.rank == 0 and run.saved_step == run.step:
-        best = follow(Path(run.config.setup.out_dir, "best"))
-        best_loss = run.log.vals.get(best.name, {}).get("loss") if best.exists() else None
-        if best_loss is None or loss <= best_loss:
-            point_to(best.parent / checkpoint_name(run.step), "best")
+        checkpoints = list_checkpoints(run.config.setup.out_dir)
+        if run.log.best_step(checkpoints) == run.step:
+            point_to(checkpoints[run.step], "best")
             delete_old_checkpoints(run)
     run.print(f"validation loss {loss:.4f}, perplexity {perplexity:,.2f}, {bpb:.4f} bits per byte  "
               f"(best loss {run.log.best('loss'):.4f})")
@@ -1362,7 +1361,7 @@ def log_end(run):
     # For a script to read: the last line of log.jsonl, and a line each here.
     tokens = run.config.recipe.total_batch_size
     speed = run.timed_steps * tokens / max(run.seconds, 1e-9)
-    last = run.log.vals.get(checkpoint_name(run.step), {})  # none where validation is off
+    last = run.log.vals.get(run.step, {})  # none where validation is off
     numbers = {
         "val_loss": last.get("loss"), "val_bpb": last.get("bpb"), "best_val_loss": run.log.best("loss"),
         "best_val_bpb": run.log.best("bpb"), "tokens": run.step * tokens, "training_seconds": run.seconds,
@@ -1446,10 +1445,6 @@ def log_hellaswag(run):
 # of it a resumed run keeps all lines that are still true, as they stand, and reads it line by line, however long it
 # is.
 
-def checkpoint_name(step):
-    return f"step_{step:06d}"
-
-
 def list_checkpoints(out_dir):
     """{step: checkpoint folder}, oldest first."""
     folders = {int(path.name[5:]): path for path in Path(out_dir).glob("step_*") if path.name[5:].isdigit()}
@@ -1464,7 +1459,7 @@ def describe_newest_checkpoint(run):
 def save_checkpoint(run):
     """Whether a checkpoint could be written; if not, it says so, and the older ones stay."""
     out_dir = current_place(run)
-    folder = out_dir / checkpoint_name(run.step)
+    folder = out_dir / f"step_{run.step:06d}"
     temporary = out_dir / f".tmp_{folder.name}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -1497,10 +1492,12 @@ def current_place(run):
 
 def delete_old_checkpoints(run):
     out_dir, keep = Path(run.config.setup.out_dir), run.config.evaluation.keep_checkpoints
-    older = [path for step, path in list_checkpoints(out_dir).items() if step <= run.step]  # newer ones are damaged
-    for folder in older[:-keep] if keep else []:
-        if folder.name != follow(out_dir / "best").name:
-            shutil.rmtree(folder, ignore_errors=True)
+    older = {step: old for step, old in list_checkpoints(out_dir).items() if step <= run.step}  # newer ones are damaged
+    # The best one stays, by the log, for copies of a run's folder may hold no links, and by the link.
+    best = (run.log.best_step(older), follow(out_dir / "best").name)
+    for step in list(older)[:-keep] if keep else []:
+        if step != best[0] and older[step].name != best[1]:
+            shutil.rmtree(older[step], ignore_errors=True)
     delete_unfinished_saves(out_dir)
 
 
@@ -1598,7 +1595,7 @@ class RunLog:
 
     def __init__(self, run):
         self.path = Path(run.config.setup.out_dir, "log.jsonl")
-        self.vals = {}  # {name of the step's checkpoint: what log.jsonl holds of its validation}
+        self.vals = {}  # {step: what log.jsonl holds of its validation}
         self.file = self.wandb = self.tensorboard = None
         self.opened = contextlib.ExitStack()
         if run.world.rank == 0:
@@ -1636,7 +1633,7 @@ class RunLog:
                     if line["kind"] == "config":
                         last_config = line
                     if line["kind"] == "val":
-                        self.vals[checkpoint_name(line["step"])] = line
+                        self.vals[line["step"]] = line
             if any(last_config.get(name) != config_line[name] for name in config_line.keys() - PLACES - {"step"}):
                 f.write(json.dumps(config_line).encode() + b"\n")
         self.file = self.opened.enter_context(open(self.path, "a", buffering=1))
@@ -1648,7 +1645,7 @@ class RunLog:
             if isinstance(value, float) and not math.isfinite(value):
                 values[name] = None  # JSON has no nan
         if kind == "val":
-            self.vals[checkpoint_name(step)] = values
+            self.vals[step] = values
         line = json.dumps({"kind": kind, "step": step, **values})
         with explaining(f"{self.path}: cannot be written", "free some space, then add --resume", kind=RunFailed):
             self.file.write(line + "\n")
@@ -1665,6 +1662,11 @@ class RunLog:
 
     def best(self, name):
         return min((line[name] for line in self.vals.values() if line.get(name)), default=math.inf)
+
+    def best_step(self, steps):
+        """That of the least validation loss, among these; None if there is none."""
+        known = [(self.vals[step]["loss"], step) for step in steps if self.vals.get(step, {}).get("loss")]
+        return min(known, default=(math.inf, None))[1]
 
 
 # With a log but no good checkpoint --resume begins that run anew, but not another one in its place.

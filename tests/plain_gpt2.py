@@ -4,13 +4,13 @@ GPT-2 and its modern form, trained from scratch in plain PyTorch: read this befo
 $ python tests/plain_gpt2.py tiny 30        # a preset's name, and how many steps
 
 It computes what train_gpt2.py computes, without what makes that one fast, safe and distributed.
-tests/test_plain.py holds both to the same losses, gradient norms and learning rates: whoever
-changes a formula changes it in both. Shapes in comments: B sequences, T tokens, C channels.
+tests/test_plain.py holds both to the same losses, gradient norms and learning rates, to 1e-4 in
+float32: whoever changes a formula changes it in both. B: sequences, T: tokens, C: channels.
 """
 import math
 import sys
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ class Settings:
     n_kv_head: int = 12  # heads of keys and values
     n_embd: int = 768  # channels
     block_size: int = 1024  # tokens of context
-    window: int = 0  # tokens that a position sees, itself included; 0: all before it
+    window: int = 0  # tokens that a position sees in each layer, itself included; 0: all so far
     modern: bool = False  # RoPE, RMSNorm, SwiGLU, QK-norm and no biases in place of GPT-2's parts
     total_batch_size: int = 524288  # tokens in an optimizer step
     batch_size: int = 4  # sequences in a micro-step: what fits in memory
@@ -37,7 +37,7 @@ class Settings:
     schedule: str = "cosine"  # or wsd
     max_steps: int = 19073  # 10 billion tokens
     lr: float = 6e-4  # the highest learning rate
-    min_lr: float = 6e-5  # the one at the end
+    min_lr: float = 6e-5  # the one that it falls to after the last update
     warmup_steps: int = 715
     decay_fraction: float = 0.4  # part of the steps in which wsd decays
     weight_decay: float = 0.1
@@ -52,21 +52,20 @@ BYTES = dict(data="input.txt", vocab_size=257)
 SMALL = dict(BYTES, n_layer=2, n_head=4, n_kv_head=4, n_embd=64, block_size=32, lr=1e-3,
              min_lr=1e-4, total_batch_size=512, eval_tokens=4010)
 PRESETS = {
-    "gpt2": Settings(),
-    "modern": MODERN,
+    "gpt2": Settings(), "modern": MODERN,
     "tiny": replace(MODERN, **BYTES, n_layer=3, n_head=4, n_kv_head=4, n_embd=128, block_size=128,
                     total_batch_size=3072, batch_size=8, max_steps=300, lr=6e-3, warmup_steps=15,
                     weight_decay=0.01, eval_tokens=65536),
-    "small-gpt2": Settings(**SMALL),  # seconds: all parts of either kind, for the test
-    "small-modern": replace(MODERN, **SMALL | dict(n_kv_head=2, window=12, lr=6e-3)),
+    "small-gpt2": Settings(**SMALL),  # these two run in seconds and use every part, for the test
+    "small-modern": replace(MODERN, **(SMALL | dict(n_kv_head=2, window=12, lr=6e-3))),
 }
 
 # MODEL. Each position of a sequence predicts the token after it. Its channels, the residual stream,
 # run through all blocks; attention and MLP read a normalised copy of them and add what they find.
 # Only attention carries anything from one position to another.
 def make_norm(s):
-    # RMSNorm is LayerNorm without the mean and the bias: cheaper, and no worse. The weight of
-    # either, one number a channel, begins at one.
+    # RMSNorm is LayerNorm without mean and bias: cheaper, and no worse. The weights of both, one
+    # for each channel, begin at one.
     return nn.RMSNorm(s.n_embd, eps=1e-6) if s.modern else nn.LayerNorm(s.n_embd, eps=1e-5)
 
 def rotate(x):
@@ -85,20 +84,20 @@ class Attention(nn.Module):
     def __init__(self, s):
         super().__init__()
         self.s, self.head_dim = s, s.n_embd // s.n_head
-        # One matrix makes queries, keys and values, head after head. With grouped heads, n_kv_head
-        # < n_head, a group of query heads shares one head of keys and values: a model that writes
-        # text keeps those of all tokens so far, and now they are fewer.
+        # One matrix makes all heads of queries, then those of keys, then those of values. With
+        # grouped heads, n_kv_head < n_head, a group of query heads shares one head of keys and
+        # values: of all tokens so far, a model that writes text has fewer of these to keep.
         width = (s.n_head + 2 * s.n_kv_head) * self.head_dim
         self.c_attn = nn.Linear(s.n_embd, width, bias=not s.modern)
         self.c_proj = nn.Linear(s.n_embd, s.n_embd, bias=not s.modern)
-        # QK-norm: queries and keys of RMS 1, so that attention scores stay small as weights grow.
-        # One weight a channel of a head, shared by the heads.
+        # QK-norm: queries and keys of RMS 1 times a learned weight, so that attention scores stay
+        # small as the matrices grow. One weight a channel of a head, shared by the heads.
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if s.modern else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if s.modern else nn.Identity()
 
     def forward(self, x):
         s, (B, T, C) = self.s, x.shape
-        heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
+        heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, all, T, …)
         q, k, v = heads.split([s.n_head, s.n_kv_head, s.n_kv_head], dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
         if s.modern:
@@ -150,19 +149,19 @@ class GPT(nn.Module):
         self.wpe = None if s.modern else nn.Embedding(s.block_size, s.n_embd)  # and each position
         self.h = nn.ModuleList(Block(s) for _ in range(s.n_layer))
         self.ln_f = make_norm(s)
-        # The head is tied to the embedding: they are one tensor, which gets both gradients. Tokens
-        # that mean the same are alike on both sides, and 39 million weights need no training.
+        # The head is tied to the embedding: they are one tensor, which gets both gradients. What a
+        # token means is learned once for both, and GPT-2 saves a second 39 million weights.
         self.lm_head = nn.Linear(s.n_embd, rows, bias=False)
         self.lm_head.weight = self.wte.weight
-        # Linear and Embedding draw random weights as they are made, and here all are drawn again.
-        # So that torch's generator gives train_gpt2.py's numbers, everything is made in its order.
+        # Linear and Embedding draw weights as they are made, and here all matrices are drawn again:
+        # train_gpt2.py makes its modules and draws in this order, and begins from the same numbers.
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 # 2 n_layer such matrices add to the residual stream. Divided by the root of their
                 # number, they start it at the same size however deep the model is.
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * s.n_layer))
             elif p.ndim == 2:
-                nn.init.normal_(p, std=0.02)  # GPT-2's, for embeddings too
+                nn.init.normal_(p, std=0.02)  # embeddings too
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -172,11 +171,11 @@ class GPT(nn.Module):
             x = block(x)
         return self.lm_head(self.ln_f(x))[..., :self.s.vocab_size]
 
-# DATA. A corpus is a list of shards, arrays of token ids, each cut into windows of T tokens that do
-# not overlap. The seed alone puts all windows of an epoch in one order, and each step takes the next
+# DATA. A corpus is a list of shards, arrays of token ids, each cut into windows of T inputs that do
+# not overlap. Seed and epoch put all windows in one order, and each step takes the next
 # total_batch_size / T of them: devices and micro-steps only share them out. So losses depend on
-# neither, a resumed run finds its place by its step, and each epoch shows every window once, where
-# windows at random places would show some twice and leave over a third of the text out.
+# neither, but for rounding, a resumed run finds its place by its step, and an epoch shows every
+# window once, whereas windows at random places show some twice and over a third of the text never.
 def load_data(s):
     """The training and the validation shards, (windows, T + 1) each: a list for either."""
     path = Path(__file__).resolve().parents[1] / s.data
@@ -198,12 +197,11 @@ def shuffled(n, *key):
 
 def training_windows(shards, s):
     # Goes on for ever. The shards are shuffled, and the windows within each, anew in every epoch.
-    # All of one shard comes before the next, so that one is read at a time, however large the
-    # corpus is.
+    # All of one shard comes before the next: one is read at a time, however large the corpus.
     for epoch in count():
         for shard in shuffled(len(shards), s.seed, epoch).tolist():
-            for window in shuffled(len(shards[shard]), s.seed, epoch, shard):
-                yield shards[shard][window]
+            for i in shuffled(len(shards[shard]), s.seed, epoch, shard):
+                yield shards[shard][i]
 
 # OPTIMIZERS AND SCHEDULES.
 def make_optimizers(model, s):
@@ -217,8 +215,9 @@ def make_optimizers(model, s):
             matrices.append(p)
     # Weight decay takes lr * weight_decay of a weight in each step, apart from the gradient. It
     # bounds matrices and embeddings, whose products could grow without end. Biases and the weights
-    # of norms only shift and scale: nothing grows from them, and zero is no natural place for them.
-    groups = [dict(params=matrices, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0)]
+    # of norms shift and scale single channels, and zero is no natural place for them.
+    groups = [dict(params=matrices, weight_decay=s.weight_decay),
+              dict(params=vectors, weight_decay=0)]
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)]
     # Muon (Jordan et al. 2024) averages the gradient of a matrix and then makes its singular values
     # all about 1: rare directions are learned as fast as common ones. Embeddings are lists of
@@ -231,13 +230,13 @@ def make_optimizers(model, s):
 
 def learning_rate(step, s):
     """Of update number `step`, counted from 0."""
-    # Warm-up, in a line from lr / warmup to lr: AdamW's averages are of few gradients yet. Of a
-    # short run it takes a tenth at most.
+    # Warm-up, in a line from lr / warmup to lr, within a tenth of the run: at first AdamW's
+    # averages are of few gradients.
     warmup = min(s.warmup_steps, s.max_steps // 10)
     if step < warmup:
         return s.lr * (step + 1) / warmup
-    # wsd (warm-up, stable, decay; Hu et al. 2024): lr until decay_fraction of the steps is left, and
-    # from there in a line to min_lr. Before the decay, a run need not know how long it will be.
+    # wsd (warm-up, stable, decay; Hu et al. 2024): lr until decay_fraction of the steps is left,
+    # and from there in a line to min_lr. Until it decays, a run can still be made longer.
     if s.schedule == "wsd":
         remaining = 1 - step / s.max_steps
         return s.min_lr + (s.lr - s.min_lr) * min(1, remaining / s.decay_fraction)
@@ -246,8 +245,9 @@ def learning_rate(step, s):
     return s.min_lr + (s.lr - s.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 def muon_momentum(step, s):
-    # Muon averages over about 1 / (1 - momentum) gradients. Early ones are soon out of date: from 7
-    # of them, at 0.85, it rises in a line to 20, at 0.95: in 300 steps, or a sixth of a short run.
+    # Muon averages over about 1 / (1 - momentum) gradients, and early ones are soon out of date. So
+    # momentum rises in a line from 0.85 (7 gradients) to 0.95 (20), over the first 300 steps, or
+    # over the first sixth of a run of fewer than 1,800.
     return 0.85 + 0.1 * min(1, max(step / 300, 6 * step / s.max_steps))
 
 # TRAINING.
@@ -264,7 +264,7 @@ def train(s):
     model = GPT(s)
     optimizers, windows, log = make_optimizers(model, s), training_windows(train_shards, s), []
     for step in range(s.max_steps):
-        # Half a million tokens fit in no memory at once. Gradients of a sum add up, so each
+        # Half a million tokens fit in few memories at once. Gradients of a sum add up, so each
         # micro-step adds its part, and the update follows the last. A part is a sum over tokens,
         # divided by those of the whole step: every token counts the same, however it is split.
         loss = 0.0
@@ -273,8 +273,7 @@ def train(s):
             part.backward()
             loss += part.item()
         # Clipping: if the norm of all gradients, as one vector, is above grad_clip, all are scaled
-        # down to it. So a rare bad batch moves the averages no more than others. The norm that is
-        # returned is the one before.
+        # down to it, so that a rare bad batch moves little. It returns the norm before.
         norm = nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip).item()
         lr = learning_rate(step, s)
         for optimizer in optimizers:
@@ -292,11 +291,9 @@ def train(s):
 
 @torch.no_grad()
 def evaluate(model, shards, s):
-    """The validation loss: the mean over the first eval_tokens validation tokens, in nats a token."""
-    # Always the same windows, in the order of the files, so that losses compare between steps and
-    # runs: as many as it takes to hold eval_tokens, or all that there are.
-    windows = [window for shard in shards for window in shard]
-    windows = windows[:math.ceil(s.eval_tokens / s.block_size)]
+    """The validation loss in nats a token, over the first windows that hold eval_tokens targets."""
+    # Always the same windows, in the order of the files, so that losses of any runs compare.
+    windows = list(islice(chain(*shards), math.ceil(s.eval_tokens / s.block_size)))
     parts = range(0, len(windows), s.batch_size)
     total = sum(loss_sum(model, windows[i:i + s.batch_size]).item() for i in parts)
     return total / (len(windows) * s.block_size)

@@ -591,9 +591,9 @@ def test_out_of_memory_names_the_next_smaller_batch(small_shards, tmp_path, monk
     flags = [*SMALL, "--eval_every", 0, "--data", small_shards, "--quiet"]
     line = refused("train_gpt2.py", *flags, "--batch_size", 16, "--out_dir", tmp_path / "log", code=1)
     assert "out of memory with --batch_size 16; add --batch_size 8" in line
-    line = refused("train_gpt2.py", "--resume", "--batch_size", 8, "--out_dir", tmp_path / "log", code=1)
+    line = refused("train_gpt2.py", *flags, "--resume", "--batch_size", 8, "--out_dir", tmp_path / "log", code=1)
     assert "out of memory with --batch_size 8; add --batch_size 4" in line
-    run("train_gpt2.py", "--resume", "--batch_size", 4, "--out_dir", tmp_path / "log")
+    run("train_gpt2.py", *flags, "--resume", "--batch_size", 4, "--out_dir", tmp_path / "log")
     monkeypatch.setattr(GPT, "forward", lambda *args: small(*args[:1], torch.zeros(6)))
     line = refused("train_gpt2.py", *flags, "--batch_size", 1, "--out_dir", tmp_path / "one", code=1)
     assert "out of memory with --batch_size 1; a smaller --block_size or model is needed" in line

@@ -342,7 +342,7 @@ def test_a_wall_clock_that_is_set_changes_nothing(jump, tmp_path, monkeypatch):
     run("train_gpt2.py", *FLAGS, "--max_minutes", 50, "--eval_every", 0, "--out_dir", tmp_path / "log")
     lines, done = log_lines(tmp_path / "log", "train"), log_lines(tmp_path / "log", "done")[0]
     assert len(lines) == 6 and all(0 < line["seconds"] < 30 for line in lines)
-    assert 0 < done["training_seconds"] < done["total_seconds"] < 600
+    assert 0 < done["training_seconds"] < done["total_seconds"] <= time.monotonic() - train_gpt2.STARTED
 
 
 def test_total_and_training_seconds_count_the_whole_run(copy):
