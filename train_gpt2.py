@@ -292,21 +292,34 @@ def full_attention(q, k, v, dropout):
 
 
 class WindowAttention(nn.Module):
-    """Causal attention to the last `window` tokens, itself included, in O(T * window): blocks of `window` queries meet
-    the keys of their own block and of the one before it."""
+    """Causal attention to the last `window` tokens, itself included, in O(T * window)."""
 
     def __init__(self, window):
         super().__init__()
         self.window = window
         distance = torch.arange(window, 2 * window)[:, None] - torch.arange(2 * window)  # from query to key
         self.register_buffer("mask", (distance >= 0) & (distance < window), persistent=False)
+        self.varlen_attn = find_varlen_attn()
 
     def forward(self, q, k, v, dropout):
-        """As `full_attention`, in two parts: to join them here would keep a copy of both for the backward pass."""
+        """As `full_attention`; by blocks in two parts."""
+        if q.size(2) <= self.window:
+            return full_attention(q, k, v, dropout)
+        if self.varlen_attn is not None and dropout == 0 and has_flash_attention(q):
+            return [self.by_flash_attention(q, k, v)]
+        return self.by_blocks(q, k, v, dropout)
+
+    def by_flash_attention(self, q, k, v):
+        B, T, dtype = q.size(0), q.size(2), compute_dtype(q)  # autocast leaves this kernel alone
+        q, k, v = tokens_first(q, dtype), tokens_first(k, dtype), tokens_first(v, dtype)
+        ends = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)  # of the sequences, after a 0
+        window_size = (self.window - 1, 0)  # tokens before a position and after it
+        return self.varlen_attn(q, k, v, ends, ends, T, T, window_size=window_size).unflatten(0, (B, T)).transpose(1, 2)
+
+    def by_blocks(self, q, k, v, dropout):
+        """Blocks of `window` queries meet the keys of their own block and of the one before it."""
         B, T, N = q.size(0), q.size(2), self.window
         first = full_attention(q[:, :, :N], k[:, :, :N], v[:, :, :N], dropout)  # the block with none before it
-        if T <= N:
-            return first
         if T % N:
             padding = (0, 0, 0, -T % N)
             q, k, v = F.pad(q, padding), F.pad(k, padding), F.pad(v, padding)
@@ -315,12 +328,24 @@ class WindowAttention(nn.Module):
         return first + [rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :T - N]]
 
 
+def find_varlen_attn():
+    """PyTorch's flash attention with a window; None without a GPU, for importing it takes a second."""
+    if not torch.cuda.is_available():
+        return None
+    from torch.nn.attention.varlen import varlen_attn
+    if "enable_gqa" in varlen_attn.__kwdefaults__:  # 2.11 takes fewer heads of keys without being asked
+        return partial(varlen_attn, enable_gqa=True)
+    return varlen_attn
+
+
+def tokens_first(x, dtype):
+    """(B, heads, T, head_dim) -> (B * T, heads, head_dim)"""
+    return x.to(dtype).transpose(1, 2).flatten(0, 1)
+
+
 def in_pairs(x, N):
     """(B, heads, T, head_dim) -> (B * (T/N - 1), heads, 2N, head_dim): blocks of N, each after the one before it."""
-    if x.device.type == "cpu":  # a view, where it can be one; its gradient takes atomics on a GPU
-        return x.unfold(2, 2 * N, N).permute(0, 2, 1, 4, 3).flatten(0, 1)
-    blocks = x.unflatten(2, (-1, N)).transpose(1, 2)  # (B, T/N, heads, N, head_dim)
-    return torch.cat((blocks[:, :-1], blocks[:, 1:]), dim=3).flatten(0, 1)
+    return x.unfold(2, 2 * N, N).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
 
 class LayerCache:

@@ -6,6 +6,7 @@ what Inductor makes of the head; whether the numbers are right it does not show.
 $ python tests/pretended_cuda.py mixtures  # all mixtures of parts, three dtypes: loss, optimizers, cache, HellaSwag
 $ python tests/pretended_cuda.py memory    # of a training step of the presets gpt2 and modern, uncompiled, B=16, T=1024
 $ python tests/pretended_cuda.py parts     # the same of the modern parts at T=8192, B=2
+$ python tests/pretended_cuda.py graphs    # into which a windowed model's blocks are compiled, with and without grouped heads
 $ python tests/pretended_cuda.py head      # bytes that the compiled head moves for 65,536 tokens, and what it holds
 $ python tests/pretended_cuda.py muon      # kernel launches of Muon in an optimizer step of the preset modern
 
@@ -174,7 +175,9 @@ MATMULS = ("mm", "bmm", "addmm", "baddbmm")
 
 
 class Strict(TorchDispatchMode):
-    """Refuses what fake tensors let pass and CUDA does not: matmuls of two dtypes, and lists on two devices."""
+    """Refuses what fake tensors let pass and CUDA does not: matmuls of two dtypes, lists on two devices, and what flash
+    attention over sequences does not take. Counts the calls of that."""
+    varlen_calls = 0
 
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
         name = function._schema.name.removeprefix("aten::")
@@ -183,6 +186,10 @@ class Strict(TorchDispatchMode):
             assert len({tensor.dtype for tensor in tensors}) == 1, f"{function} of several dtypes"
         if name.startswith(("_foreach", "_fused")):
             assert len({tensor.device for tensor in tensors}) == 1, f"{function} on several devices"
+        if name == "torch_attn::_varlen_attn":
+            assert {tensor.dtype for tensor in tensors} in ({half, torch.int32} for half in (torch.float16, torch.bfloat16))
+            assert all(is_on_gpu(tensor) and tensor.stride(-1) == 1 for tensor in tensors) and args[0].size(2) % 8 == 0
+            self.varlen_calls += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -241,18 +248,20 @@ def storage_key(tensor):
 # the commands: each returns a dict of its figures
 
 def mixtures():
-    count = 0
+    count = varlen_calls = 0
     for bits in itertools.product((False, True), repeat=len(PARTS)):
         parts = dict(part for part, is_on in zip(PARTS, bits) if is_on)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             try:
-                with FakeTensorMode(allow_non_fake_inputs=True), Strict():
+                with FakeTensorMode(allow_non_fake_inputs=True), Strict() as strict:
                     check_mixture(parts, dtype)
                 count += 1
+                varlen_calls += strict.varlen_calls
+                assert (strict.varlen_calls > 0) == ("window" in parts and dtype != torch.float32)
             except Exception as error:
                 error.add_note(f"in {dtype} with {parts or 'no modern part'}")
                 raise
-    return {"checked": count}
+    return {"checked": count, "varlen_calls": varlen_calls}
 
 
 def check_mixture(parts, dtype):
@@ -327,6 +336,20 @@ LONG_CONTEXT = {"standard": {}, "+ RoPE": dict(rope=True), "+ GQA (4 of 12 heads
 
 def parts():
     return {name: training_step(2, dict(flags, block_size=8192)) for name, flags in LONG_CONTEXT.items()}
+
+
+def graphs():
+    """One for all blocks, without a break, or it raises. Dynamo knows the device's properties by their type."""
+    torch._dynamo.utils.common_constant_types.add(type(H100))
+    for n_kv_head in (4, 2):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = cuda_model(n_layer=3, n_head=4, n_kv_head=n_kv_head, n_embd=64, block_size=32, vocab_size=500, rope=True, window=12)
+            for block in model.h:
+                block.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+            x = tokens(3, 32)
+            with autocast("cuda", torch.bfloat16):
+                model(x, x).backward()
+    return {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
 
 
 def muon():
@@ -430,7 +453,7 @@ def peak_of_buffers(code):
 # -----------------------------------------------------------------------------
 # command line
 
-COMMANDS = {"mixtures": mixtures, "memory": memory, "parts": parts, "head": head, "muon": muon}
+COMMANDS = {"mixtures": mixtures, "memory": memory, "parts": parts, "graphs": graphs, "head": head, "muon": muon}
 
 
 def main():

@@ -100,3 +100,35 @@ def test_two_gpus_equal_one(small_shards, tmp_path):
     spawn("train_gpt2.py", *ON_CUDA, "--data", small_shards, "--out_dir", tmp_path / "one", env=exact).finish()
     spawn("train_gpt2.py", *ON_CUDA, "--data", small_shards, "--out_dir", tmp_path / "two", env=exact, torchrun=2).finish()
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+def window_by_both(window, T, heads, dtype, compiled):
+    """The output, and the gradients of q, k and v: by flash attention, and by blocks in float64."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, n, T, 64, device="cuda", dtype=dtype, requires_grad=True) for n in heads)
+    weights = torch.randn(3, heads[0], T, 64, device="cuda", dtype=dtype)
+    attention = train_gpt2.WindowAttention(window).cuda()
+    assert attention.varlen_attn is not None and train_gpt2.has_flash_attention(q)
+    found = []
+    for inputs in ((q, k, v), [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]):
+        function = torch.compile(attention, fullgraph=True) if compiled and inputs[0] is q else attention
+        parts = function(*inputs, 0.0)
+        assert len(parts) == (1 if inputs[0] is q or T <= window else 2)
+        out = torch.cat(parts, dim=2)
+        found.append([out, *torch.autograd.grad((out * weights.to(out.dtype)).sum(), inputs)])
+    for a, b in zip(*found):
+        assert ((a.double() - b).norm() / b.norm()).item() < 2e-2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 0 and torch.cuda.get_device_capability() < (8, 0), reason="needs an A100 or newer")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window,T", [(32, 33), (32, 200), (1, 70), (512, 1024), (96, 64)])
+def test_the_window_by_flash_attention_equals_the_blocks(window, T, dtype, compiled):
+    for heads in ((4, 4, 4), (6, 2, 2)):
+        args = (window, T, heads, dtype, compiled)
+        process = multiprocessing.get_context("spawn").Process(target=window_by_both, args=args)
+        process.start()
+        process.join(300)
+        process.kill()
+        assert process.exitcode == 0

@@ -3,6 +3,7 @@ mixture against its promises, and every mixture that Transformers has against Tr
 import itertools
 import math
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -75,13 +76,75 @@ def test_window_equals_masked_softmax_and_gqa_equals_repeated_heads(T, window):
     assert relative(full_attention(q, k, v, 0.0)[0].double(), naive_attention(q, *repeated, T)) < 1e-5
 
 
-def test_the_windows_pairs_of_blocks_on_a_gpu_are_those_of_a_cpu():
-    class OnGPU(torch.Tensor):
-        device = SimpleNamespace(type="cuda")
-    x = torch.randn(2, 3, 12, 5)
-    pairs = train_gpt2.in_pairs(x, 4)
-    assert torch.equal(pairs, train_gpt2.in_pairs(x.as_subclass(OnGPU), 4).as_subclass(torch.Tensor))
-    assert torch.equal(pairs[1], x[0, :, 4:12]) and torch.equal(pairs[2], x[1, :, 0:8]) and len(pairs) == 4
+def naive_varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
+    """What torch.nn.attention.varlen.varlen_attn says of its arguments; q, k, v: (all tokens, heads, head_dim)."""
+    assert enable_gqa or q.size(1) == k.size(1)
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and max_q == max_k == cu_seq_q.diff().max()
+    groups, (left, right) = q.size(1) // k.size(1), window_size
+    sequence = torch.bucketize(torch.arange(len(q)), cu_seq_q[1:], right=True)
+    after = torch.arange(len(q)) - torch.arange(len(k))[:, None]  # [key, query]: how far the query is after the key
+    sees = (sequence == sequence[:, None]) & (after <= left) & (-after <= right)
+    scores = torch.einsum("qhd,khd->hkq", q, k.repeat_interleave(groups, dim=1)) / math.sqrt(q.size(2))
+    weights = scores.masked_fill(~sees, -torch.inf).softmax(dim=1)
+    return torch.einsum("hkq,khd->qhd", weights, v.repeat_interleave(groups, dim=1))
+
+
+@pytest.mark.parametrize("T,window", [(5, 4), (16, 4), (19, 4), (23, 1), (9, 8), (9, 9)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_window_by_flash_attention_means_the_same_as_a_mask(T, window, autocast, monkeypatch):
+    """Both ends of the window, sequences of a batch that never see each other, grouped heads; with autocast, which leaves
+    that kernel alone, all in one dtype."""
+    torch.manual_seed(0)
+    attention, dtypes = WindowAttention(window), []
+
+    def varlen_attn(q, k, v, *args, **options):
+        dtypes.append((q.dtype, k.dtype, v.dtype))
+        return naive_varlen_attn(q.float(), k.float(), v.float(), *args, **options).to(q.dtype)
+    attention.varlen_attn = partial(varlen_attn, enable_gqa=True)
+    monkeypatch.setattr(train_gpt2, "has_flash_attention", returning_true)
+    q, k, v = (torch.randn(3, h, T, 8, requires_grad=True) for h in (6, 2, 2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        [out] = attention(q, k, v.bfloat16() if autocast else v, 0.0)
+    assert dtypes == ([3 * (torch.bfloat16 if autocast else torch.float32,)] if window < T else [])
+    expected = naive_attention(q, *(t.repeat_interleave(3, dim=1) for t in (k, v)), window)
+    assert relative(out.double(), expected) < (2e-2 if autocast else 1e-5)
+    weights = torch.randn_like(expected)
+    for a, b in zip(torch.autograd.grad((out * weights).sum(), (q, k, v)),
+                    torch.autograd.grad((expected * weights).sum(), (q, k, v))):
+        assert (a - b).norm() <= (5e-2 * b.norm() if autocast else 1e-5)
+    assert len(attention(q, k, v, 0.1)) == 1 + (window < T)  # dropout, which it does not have: by blocks
+
+
+def returning_true(q):
+    return True
+
+
+def test_who_has_flash_attention(monkeypatch):
+    """What PyTorch's source asks for: half precision, compute capability 8.0, head_dim a multiple of 8 and not too wide."""
+    def has(major, dtype, head_dim=64, device="cuda"):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+        q = torch.empty(1, 2, 3, head_dim, dtype=dtype, device="meta")
+        return train_gpt2.has_flash_attention(
+            SimpleNamespace(device=SimpleNamespace(type=device), dtype=dtype, size=q.size))
+    assert has(8, torch.bfloat16) and has(9, torch.float16) and has(12, torch.bfloat16, 128)
+    assert not has(8, torch.float32) and not has(7, torch.float16) and not has(9, torch.bfloat16, 60) and not has(9, torch.bfloat16, 256)
+    assert not has(9, torch.bfloat16, device="cpu") and not has(9, torch.bfloat16, device="mps")
+
+
+@pytest.mark.parametrize("takes_option", [True, False])
+def test_varlen_attn_with_and_without_its_newer_option(takes_option, monkeypatch):
+    """2.11 has no enable_gqa, and none is needed there."""
+    import torch.nn.attention.varlen as varlen
+    assert train_gpt2.find_varlen_attn() is None or torch.cuda.is_available()
+
+    def newer(*args, window_size=(-1, -1), enable_gqa=False):
+        return enable_gqa
+
+    def older(*args, window_size=(-1, -1)):
+        return "unasked"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(varlen, "varlen_attn", newer if takes_option else older)
+    assert train_gpt2.find_varlen_attn()(window_size=(3, 0)) == (True if takes_option else "unasked")
 
 
 def test_window_never_makes_a_full_mask():

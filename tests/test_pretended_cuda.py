@@ -29,8 +29,11 @@ def test_every_mixture_in_every_dtype():
     assert figures("mixtures")["mixtures"]["checked"] == 64 * 3
 
 
-def test_memory_head_and_muon():
-    found = figures("memory", "head", "muon")
+def test_memory_graphs_head_and_muon():
+    found = figures("memory", "parts", "graphs", "head", "muon")
+    assert found["graphs"]["graphs"] == 2
+    *_, without_window, with_window = [step["peak_gib"] for step in found["parts"].values()]
+    assert with_window <= 1.01 * without_window  # T=8192; by blocks it takes 1.17 times as much
     assert found["memory"]["gpt2"]["peak_gib"] < 9  # B=16, T=1024: a card of 16 GB has room for it
     for step in found["memory"].values():
         assert step["largest_float32_of_all_logits"] < 0.5
