@@ -31,7 +31,7 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -228,6 +228,11 @@ def must_divide(name, part, whole_name, whole):
 
 # -----------------------------------------------------------------------------
 # model
+#
+# GPT-2 (Radford et al. 2019) and its modern parts. A flag chooses a module where the model is made, so the forward pass
+# is one for all mixtures; it knows nothing of ranks or of the run. Matmuls run in autocast's dtype; weights, residual
+# stream, norms and loss stay in float32. A stream in bfloat16 would save 19 GB of traffic in a micro-step of GPT-2 124M
+# (counted on a simulated H100, perhaps 5% of its time), but others needed 1.3% more steps with it: not tried here.
 
 class Rotary(nn.Module):
     """Rotary position embedding (Su et al. 2021), channel i paired with channel i + head_dim/2 as in Llama."""
@@ -235,9 +240,8 @@ class Rotary(nn.Module):
     def __init__(self, config):
         super().__init__()
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        angles = torch.outer(torch.arange(config.block_size).float(), config.rope_theta ** -exponents)
-        angles = torch.cat((angles, angles), dim=1)  # (block_size, head_dim)
-        self.register_buffer("cos", angles.cos(), persistent=False)
+        angles = torch.outer(torch.arange(config.block_size).float(), config.rope_theta ** -exponents).repeat(1, 2)
+        self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, head_dim)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, positions):
@@ -252,32 +256,33 @@ def rotate(x, rotation):
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).type_as(x)
 
 
+# Attention: PyTorch chooses the kernel; here stands what it does not do by itself. Keys that groups of queries share
+# are repeated only for kernels that cannot take fewer of them: the copies cost what sharing saves. None is written by
+# hand: on a CPU this script has 87 to 89% of the speed that its matmuls and this attention alone allow.
 def sdpa(q, k, v, **options):
     """Scaled dot-product attention. q: (B, n_head, T, head_dim); k, v: (B, n_kv_head, tokens, head_dim)."""
+    groups = q.size(1) // k.size(1)
     is_cpu = q.device.type == "cpu"
-    # Only these kernels take fewer heads of keys than of queries: the CPU's, and flash attention, which takes no mask.
-    takes_groups = is_cpu or options.get("attn_mask") is None and has_flash_attention(q)
-    if not takes_groups and k.size(1) < q.size(1):
-        groups = q.size(1) // k.size(1)
+    # These kernels take fewer heads of keys than of queries: the CPU's, and flash attention, which takes no mask.
+    if groups > 1 and not is_cpu and not (options.get("attn_mask") is None and has_flash_attention(q)):
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     options["enable_gqa"] = k.size(1) < q.size(1)
+    # A CPU's backward pass in bfloat16 takes 0.2 ms a head, however short the text.
     if is_cpu and q.size(2) <= 256 and q.requires_grad and compute_dtype(q) == torch.bfloat16:
         return sdpa_in_float32(q, k, v, **options)
     return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 def sdpa_in_float32(q, k, v, **options):
-    """For short texts on a CPU, whatever autocast says."""
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).type_as(q)
 
 
 def has_flash_attention(q):
-    """Whether PyTorch's flash attention takes q (B, n_head, T, head_dim): in half precision, on chips since A100."""
-    if q.device.type != "cuda" or compute_dtype(q) not in (torch.bfloat16, torch.float16):
-        return False
-    # Its kernels go up to 256 channels a head, but not in the backward pass of every chip.
-    return q.size(3) % 8 == 0 and q.size(3) <= 192 and torch.cuda.get_device_properties(q.device).major >= 8
+    """Whether PyTorch's flash attention takes q (B, n_head, T, head_dim)."""
+    is_half = compute_dtype(q) in (torch.bfloat16, torch.float16)
+    fits = q.size(3) % 8 == 0 and q.size(3) <= 192  # up to 256, but on some chips not in the backward pass
+    return is_half and fits and q.device.type == "cuda" and torch.cuda.get_device_properties(q.device).major >= 8
 
 
 def compute_dtype(x):
@@ -286,11 +291,16 @@ def compute_dtype(x):
 
 
 def full_attention(q, k, v, dropout):
-    """Causal attention. q: (B, n_head, T, head_dim); k, v: (B, n_kv_head, T, head_dim). Returns a list of parts along T
-    of what q's shape has: here one."""
+    """Causal attention, for q, k and v as `sdpa`'s. Returns a list of parts along T, here one."""
     return [sdpa(q, k, v, is_causal=True, dropout_p=dropout)]
 
 
+# Windows, of tokens that a position sees. One call of flash attention where a GPU has it: no mask, no copies, at T=8192
+# as much memory as without a window (GPT-2 124M, B=2, simulated: 7.66 GiB; by blocks 8.99, of copied keys and values).
+# It has no dropout, no float32 and no CPU: there the queries go in blocks, 2.5 times as fast as without a window at
+# T=8192 on a CPU. One mask over all T x T pairs would be simpler, but costs what the window is to save.
+# The first block and the rest stay two tensors until after the projection: joined here they are copied and kept for the
+# backward pass once more (2.19 GB for 1.82, T=8192 on a CPU).
 class WindowAttention(nn.Module):
     """Causal attention to the last `window` tokens, itself included, in O(T * window)."""
 
@@ -299,53 +309,34 @@ class WindowAttention(nn.Module):
         self.window = window
         distance = torch.arange(window, 2 * window)[:, None] - torch.arange(2 * window)  # from query to key
         self.register_buffer("mask", (distance >= 0) & (distance < window), persistent=False)
-        self.varlen_attn = find_varlen_attn()
 
     def forward(self, q, k, v, dropout):
         """As `full_attention`; by blocks in two parts."""
-        if q.size(2) <= self.window:
-            return full_attention(q, k, v, dropout)
-        if self.varlen_attn is not None and dropout == 0 and has_flash_attention(q):
+        if dropout == 0 and has_flash_attention(q):
             return [self.by_flash_attention(q, k, v)]
-        return self.by_blocks(q, k, v, dropout)
-
-    def by_flash_attention(self, q, k, v):
-        B, T, dtype = q.size(0), q.size(2), compute_dtype(q)  # autocast leaves this kernel alone
-        q, k, v = tokens_first(q, dtype), tokens_first(k, dtype), tokens_first(v, dtype)
-        ends = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)  # of the sequences, after a 0
-        window_size = (self.window - 1, 0)  # tokens before a position and after it
-        return self.varlen_attn(q, k, v, ends, ends, T, T, window_size=window_size).unflatten(0, (B, T)).transpose(1, 2)
-
-    def by_blocks(self, q, k, v, dropout):
-        """Blocks of `window` queries meet the keys of their own block and of the one before it."""
         B, T, N = q.size(0), q.size(2), self.window
         first = full_attention(q[:, :, :N], k[:, :, :N], v[:, :, :N], dropout)  # the block with none before it
+        if T <= N:
+            return first
         if T % N:
             padding = (0, 0, 0, -T % N)
             q, k, v = F.pad(q, padding), F.pad(k, padding), F.pad(v, padding)
         q = q[:, :, N:].unflatten(2, (-1, N)).transpose(1, 2).flatten(0, 1)  # (B * blocks, n_head, N, head_dim)
-        rest = sdpa(q, in_pairs(k, N), in_pairs(v, N), attn_mask=self.mask, dropout_p=dropout)
+        pairs = [x.unfold(2, 2 * N, N).permute(0, 2, 1, 4, 3).flatten(0, 1) for x in (k, v)]  # a block and that before
+        rest = sdpa(q, *pairs, attn_mask=self.mask, dropout_p=dropout)
         return first + [rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :T - N]]
 
-
-def find_varlen_attn():
-    """PyTorch's flash attention with a window; None without a GPU, for importing it takes a second."""
-    if not torch.cuda.is_available():
-        return None
-    from torch.nn.attention.varlen import varlen_attn
-    if "enable_gqa" in varlen_attn.__kwdefaults__:  # 2.11 takes fewer heads of keys without being asked
-        return partial(varlen_attn, enable_gqa=True)
-    return varlen_attn
-
-
-def tokens_first(x, dtype):
-    """(B, heads, T, head_dim) -> (B * T, heads, head_dim)"""
-    return x.to(dtype).transpose(1, 2).flatten(0, 1)
-
-
-def in_pairs(x, N):
-    """(B, heads, T, head_dim) -> (B * (T/N - 1), heads, 2N, head_dim): blocks of N, each after the one before it."""
-    return x.unfold(2, 2 * N, N).permute(0, 2, 1, 4, 3).flatten(0, 1)
+    def by_flash_attention(self, q, k, v):
+        from torch.nn.attention.varlen import varlen_attn  # here, for it loads the compiler: a second
+        B, T = q.size(0), q.size(2)
+        # Autocast leaves this kernel alone. Its tensors are (B * T, heads, head_dim).
+        inputs = [x.to(compute_dtype(q)).transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+        ends = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)  # of the sequences, after a 0
+        # PyTorch 2.11 has no such option; fewer heads of keys it takes without being asked.
+        options = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}
+        # The window's two numbers count the tokens before a position and after it, without itself.
+        y = varlen_attn(*inputs, ends, ends, T, T, window_size=(self.window - 1, 0), **options)
+        return y.unflatten(0, (B, T)).transpose(1, 2)
 
 
 class LayerCache:
@@ -362,13 +353,13 @@ class LayerCache:
         self.num_tokens += k.size(2)
         if not is_prompt:
             k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
+        # Older ones are let go: at T=8192 a window of 512 keeps a sixteenth. A prompt's own attention still needs all.
         self.k, self.v = k[:, :, -self.window:], v[:, :, -self.window:]  # with window 0 all of them
         return (k, v) if is_prompt else (self.k, self.v)
 
 
+# With its weight in the input's dtype, bfloat16 under autocast: PyTorch's fused kernel takes no two.
 class HeadNorm(nn.RMSNorm):
-    """With its weight in the input's dtype, bfloat16 under autocast: PyTorch's fused kernel takes no two."""
-
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
@@ -379,8 +370,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.dropout = config.dropout
         self.attention = attention
-        kv_width = config.n_kv_head * self.head_dim
-        self.widths = [config.n_head * self.head_dim, kv_width, kv_width]  # of q, k and v
+        self.widths = [n * self.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]  # of q, k and v
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
         self.c_proj = nn.Linear(self.widths[0], config.n_embd, bias=config.bias)
         self.q_norm = HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
@@ -445,19 +435,25 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
+# The loss. All logits at once are the largest tensor of a small model: a step of GPT-2 124M with 16 sequences would
+# take 16.4 GiB for 8.2 (simulated). So the head and the cross-entropy go chunk by chunk, and each chunk makes its
+# gradient at once, in the forward pass, while its logits exist. Checkpointed chunks compute them again: 5.9 s for 3.8
+# (4,096 tokens on a CPU; compiled 4.2 for 3.1). F.linear_cross_entropy takes 4.3 s and 2.5 GB for 0.9.
+# The loop over chunks is not compiled, a chunk is: unrolled, the compiler holds several (4.8 GiB for 2.7, B=64).
+#
+# A chunk has two forms. Compiled, it compares each column with the target, which one kernel does as it reads a row;
+# gather and scatter are kernels apart, which write the probabilities in float32 (41.5 GB for 65,536 tokens, now 13.2).
+# Uncompiled, every operation is a kernel, and that one form for both made losses 1.5 to 1.9 times slower.
 def chunk_of_loss(x, head, target, vocab_size, needs_grad):
     """x: (N, C); head: (padded_vocab_size, C); target: (N, 1), -1 is ignored. Returns the sum of the cross-entropies
-    and its gradient with respect to the logits (softmax minus one-hot), or None. Compiled, it compares each column with
-    the target, which one kernel does as it reads a row; gather and scatter, sooner otherwise, are kernels apart."""
+    and its gradient with respect to the logits (softmax minus one-hot), or None."""
     logits = (x @ head.T).float()
-    columns = torch.arange(head.size(0), device=x.device)
     is_compiled, is_target = torch.compiler.is_compiling(), target >= 0
+    logits[:, vocab_size:] = -torch.inf  # the padding's share of the softmax is zero
     if is_compiled:
-        logits = logits.where(columns < vocab_size, -torch.inf)  # the padding's share of the softmax is zero
-        is_label = columns == target
+        is_label = torch.arange(head.size(0), device=x.device) == target
         label_logits = logits.where(is_label, 0).sum(dim=1, keepdim=True)
     else:
-        logits[:, vocab_size:] = -torch.inf
         label = target.clamp(min=0)
         label_logits = logits.gather(1, label)
     log_sum_exp = logits.logsumexp(dim=1, keepdim=True)
@@ -477,8 +473,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, vocab_size, num_chunks, chunk_of_loss, needs_grad):
-        """hidden (N, C), weight (padded_vocab_size, C), targets (N,) -> nats. needs_grad: whether gradients are on, which
-        they never are in here; chunk_of_loss: that function, or its compiled form."""
+        """hidden (N, C), weight (padded_vocab_size, C), targets (N,) -> nats. needs_grad: in here it is always off."""
         dtype = compute_dtype(hidden)
         hidden, head = hidden.to(dtype), weight.to(dtype)
         loss = torch.zeros((), device=hidden.device)
@@ -510,8 +505,7 @@ class GPT(nn.Module):
         # Of a Transformers model; load_weights_and_extras fills both in, save_pretrained writes the second again.
         self.end_ids = [config.eot]  # any of them ends a text
         self.hf_extras = {}  # {file: what it says beside GPTConfig}
-        has_window = 0 < config.window < config.block_size
-        attention = WindowAttention(config.window) if has_window else full_attention
+        attention = WindowAttention(config.window) if 0 < config.window < config.block_size else full_attention
         self.rotary = Rotary(config) if config.rope else None
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = None if config.rope else nn.Embedding(config.block_size, config.n_embd)
@@ -542,10 +536,9 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - padding
 
     def hidden_states(self, idx, positions=None, mask=None, cache=None):
-        """idx: (B, T) int64. Returns (B, T, n_embd), normalised, for the head.
-        positions: (B, T) int64; else they follow those in `cache`. mask: (B, 1, T, T) bool, True where a token sees
-        another; else causal. cache: of `new_cache`; the prompt extends it, then one token at a time.
-        Raises ValueError where tokens and cache are longer than block_size."""
+        """idx: (B, T) int64. Returns (B, T, n_embd), normalised. positions: (B, T) int64; else those after `cache`'s.
+        mask: (B, 1, T, T) bool, True where a token sees another; else causal. cache: of `new_cache`; the prompt extends
+        it, then one token at a time. Raises ValueError where tokens and cache are longer than block_size."""
         if positions is None:
             start = cache[0].num_tokens if cache else 0
             positions = slice(start, start + idx.size(1))
@@ -581,8 +574,12 @@ class GPT(nn.Module):
         return loss / (targets >= 0).sum()
 
     def compile_blocks(self, recompute=True):
-        """Compiles the blocks and the loss; not the embedding, whose compiled gradient on a CPU sums in no fixed order.
-        recompute: norms and GELUs are made again in the backward pass. Sets two global switches of the compiler."""
+        """recompute: norms and GELUs are made again in the backward pass. Sets two global switches of the compiler."""
+        # Block by block, not the model at once: all blocks share one graph, which is compiled once, not n_layer times.
+        # The embedding stays outside: its compiled gradient on a CPU adds up by atomics, in no fixed order, so that a
+        # resumed run would not equal the whole one bit for bit.
+        # Recomputing saves 9.4 MB a block and sequence of GPT-2 124M: on a CPU 3.1 GB for 3.7, and no slower (B=4). On
+        # an H100 it costs 1.4 to 1.9% of the time by a model of it, for 7.3 GB a micro-step: not where memory is ample.
         torch._dynamo.config.optimize_ddp = False  # a block is a graph already; DDP's buckets would cut it again
         torch._functorch.config.ban_recompute_materialized_backward = not recompute
         for block in self.h:
@@ -598,7 +595,9 @@ class GPT(nn.Module):
             cache = self.new_cache()
             done = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
             for _ in range(max_new_tokens):
-                if idx.size(1) > self.config.block_size:  # full: keep the last half
+                # Full: to drop one token would move all positions, so that nothing cached holds and every new token
+                # costs a pass over the whole text; to keep half costs one such pass in block_size / 2 tokens.
+                if idx.size(1) > self.config.block_size:
                     idx = idx[:, -max(1, self.config.block_size // 2):]
                     cache = self.new_cache()
                 with changing_shapes():
@@ -751,12 +750,10 @@ class Corpus:
 
 def training_batches(corpus, start, batch_size, world, seed):
     """Yields x and y, (batch_size, block_size) int64 on the device, from window `start` on. A thread reads ahead."""
-    is_cuda = world.device_type == "cuda"
-
     def read(number):
         first = number + world.rank * batch_size  # the ranks take the next world.size * batch_size windows
         batch = corpus.read_windows([corpus.locate(i, seed) for i in range(first, first + batch_size)])
-        return batch.pin_memory() if is_cuda else batch
+        return batch.pin_memory() if world.device_type == "cuda" else batch
 
     with ThreadPoolExecutor(1) as thread:
         pending = thread.submit(read, start)
@@ -766,7 +763,7 @@ def training_batches(corpus, start, batch_size, world, seed):
             pending = thread.submit(read, start)
             # CUDA's allocator keeps pinned memory until the copy has ended. From other memory a copy must be waited
             # for: this batch is dropped at once, and Macs have read what came after it (pytorch issue 189690).
-            batch = batch.to(world.device, non_blocking=is_cuda)
+            batch = batch.to(world.device, non_blocking=world.device_type == "cuda")
             yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 
@@ -1259,11 +1256,14 @@ def split_batch(run, previous):
 
 
 def largest_batch(model, sizes, world, dtype):
-    """The largest of the sizes, given in order, whose micro-step fits on the GPU: tried from the largest down, beside
-    copies of the parameters that stand for the gradients, AdamW's moments and DDP's buckets."""
+    """The largest of the sizes, given in order, whose micro-step fits on the GPU; the smallest if none does."""
+    # Tried, not computed: kernels' workspaces and what the compiler keeps follow no formula. From the largest down,
+    # beside copies of the parameters that stand for the gradients, AdamW's moments and DDP's buckets. The sizes divide
+    # the sequences of a step; one that is only halved need not: its last micro-step would be smaller than the others,
+    # while each counts the same in the gradient.
     free, total = torch.cuda.mem_get_info()
-    ours = free + torch.cuda.memory_allocated()
-    torch.cuda.set_per_process_memory_fraction(0.92 * ours / total)  # the rest is for fragmentation
+    # What is free or ours already; a rest of 8% is for fragmentation.
+    torch.cuda.set_per_process_memory_fraction(0.92 * (free + torch.cuda.memory_allocated()) / total)
     copies = None
     for size in reversed(sizes):
         try:
@@ -1279,7 +1279,7 @@ def largest_batch(model, sizes, world, dtype):
             model.zero_grad()
             torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1.0)
-    return int(world.all_reduce([size], dist.ReduceOp.MIN)[0])  # the smallest if none fitted; the same on all ranks
+    return int(world.all_reduce([size], dist.ReduceOp.MIN)[0])  # the same on all ranks
 
 
 def is_out_of_memory(error):
@@ -1288,25 +1288,25 @@ def is_out_of_memory(error):
 
 def model_to_train(run):
     """The model: compiled where that is wanted and works, under torchrun in DDP's wrapper."""
-    run.is_compiled = run.config.system.compile and run.world.device_type != "mps"
+    system, world = run.config.system, run.world
+    run.is_compiled = system.compile and world.device_type != "mps"
     if run.is_compiled:
         try:
-            torch.compile(torch.sin)(torch.zeros(8, device=run.world.device))
+            torch.compile(torch.sin)(torch.zeros(8, device=world.device))
+            # Norms and GELUs are recomputed but on a GPU of 40 GB or more.
+            run.model.compile_blocks(recompute=world.device_type == "cpu" or torch.cuda.mem_get_info()[1] < 40e9)
         except Exception as error:  # no C++ compiler, no Triton, an unknown chip, ...
             run.is_compiled = False
             run.notes.append(f"training uncompiled, slower, for the compiler does not work here ({one_line(error)})")
-    if run.is_compiled:
-        has_room = run.world.device_type == "cuda" and torch.cuda.mem_get_info()[1] > 40e9  # bytes
-        run.model.compile_blocks(recompute=not has_room)
-    if not run.world.distributed:
+    if not world.distributed:
         return run.model
-    # Without it buckets change after the first step: a resumed run would add up in another order than the whole one.
-    keeps_buckets = run.config.system.deterministic or run.world.device_type == "cpu"
-    warnings.filterwarnings("ignore", "find_unused_parameters")  # there are none
-    ddp = nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True,
-                                              find_unused_parameters=keeps_buckets)
-    ddp.broadcast_buffers = False  # rotary tables and masks never change
-    return ddp
+    # There are no unused parameters. But DDP orders its buckets anew after a process's first step, as the gradients
+    # arrived, unless it looks for unused ones: a resumed run would add up in another order than the whole one. To look
+    # costs another small all-reduce a step, so a GPU does it only where bits are promised.
+    warnings.filterwarnings("ignore", "find_unused_parameters")
+    keeps_buckets = system.deterministic or world.device_type == "cpu"
+    return nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True, broadcast_buffers=False,
+                                               find_unused_parameters=keeps_buckets)
 
 
 def print_summary(run):

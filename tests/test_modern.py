@@ -3,11 +3,11 @@ mixture against its promises, and every mixture that Transformers has against Tr
 import itertools
 import math
 import re
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.attention.varlen as varlen
 from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig,
                           MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM, pipeline)
 
@@ -76,7 +76,7 @@ def test_window_equals_masked_softmax_and_gqa_equals_repeated_heads(T, window):
     assert relative(full_attention(q, k, v, 0.0)[0].double(), naive_attention(q, *repeated, T)) < 1e-5
 
 
-def naive_varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
+def naive_varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, window_size, enable_gqa):
     """What torch.nn.attention.varlen.varlen_attn says of its arguments; q, k, v: (all tokens, heads, head_dim)."""
     assert enable_gqa or q.size(1) == k.size(1)
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and max_q == max_k == cu_seq_q.diff().max()
@@ -90,22 +90,25 @@ def naive_varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=
 
 
 @pytest.mark.parametrize("T,window", [(5, 4), (16, 4), (19, 4), (23, 1), (9, 8), (9, 9)])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_the_window_by_flash_attention_means_the_same_as_a_mask(T, window, autocast, monkeypatch):
+@pytest.mark.parametrize("autocast,has_option", [(False, True), (False, False), (True, True)])
+def test_the_window_by_flash_attention_means_the_same_as_a_mask(T, window, autocast, has_option, monkeypatch):
     """Both ends of the window, sequences of a batch that never see each other, grouped heads; with autocast, which leaves
-    that kernel alone, all in one dtype."""
+    that kernel alone, all in one dtype; PyTorch 2.11 has no enable_gqa, and needs none."""
     torch.manual_seed(0)
     attention, dtypes = WindowAttention(window), []
 
-    def varlen_attn(q, k, v, *args, **options):
+    def newer(q, k, v, *args, window_size=(-1, -1), enable_gqa=False):
         dtypes.append((q.dtype, k.dtype, v.dtype))
-        return naive_varlen_attn(q.float(), k.float(), v.float(), *args, **options).to(q.dtype)
-    attention.varlen_attn = partial(varlen_attn, enable_gqa=True)
+        return naive_varlen_attn(q.float(), k.float(), v.float(), *args, window_size, enable_gqa).to(q.dtype)
+
+    def older(*args, window_size=(-1, -1)):
+        return newer(*args, window_size=window_size, enable_gqa=True)
+    monkeypatch.setattr(varlen, "varlen_attn", newer if has_option else older)
     monkeypatch.setattr(train_gpt2, "has_flash_attention", returning_true)
     q, k, v = (torch.randn(3, h, T, 8, requires_grad=True) for h in (6, 2, 2))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         [out] = attention(q, k, v.bfloat16() if autocast else v, 0.0)
-    assert dtypes == ([3 * (torch.bfloat16 if autocast else torch.float32,)] if window < T else [])
+    assert dtypes == [3 * (torch.bfloat16 if autocast else torch.float32,)]
     expected = naive_attention(q, *(t.repeat_interleave(3, dim=1) for t in (k, v)), window)
     assert relative(out.double(), expected) < (2e-2 if autocast else 1e-5)
     weights = torch.randn_like(expected)
@@ -129,22 +132,6 @@ def test_who_has_flash_attention(monkeypatch):
     assert has(8, torch.bfloat16) and has(9, torch.float16) and has(12, torch.bfloat16, 128)
     assert not has(8, torch.float32) and not has(7, torch.float16) and not has(9, torch.bfloat16, 60) and not has(9, torch.bfloat16, 256)
     assert not has(9, torch.bfloat16, device="cpu") and not has(9, torch.bfloat16, device="mps")
-
-
-@pytest.mark.parametrize("takes_option", [True, False])
-def test_varlen_attn_with_and_without_its_newer_option(takes_option, monkeypatch):
-    """2.11 has no enable_gqa, and none is needed there."""
-    import torch.nn.attention.varlen as varlen
-    assert train_gpt2.find_varlen_attn() is None or torch.cuda.is_available()
-
-    def newer(*args, window_size=(-1, -1), enable_gqa=False):
-        return enable_gqa
-
-    def older(*args, window_size=(-1, -1)):
-        return "unasked"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(varlen, "varlen_attn", newer if takes_option else older)
-    assert train_gpt2.find_varlen_attn()(window_size=(3, 0)) == (True if takes_option else "unasked")
 
 
 def test_window_never_makes_a_full_mask():
