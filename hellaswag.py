@@ -33,6 +33,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+# fineweb.py is beside this file, where `python -I` and PYTHONSAFEPATH=1 do not look.
+if os.path.dirname(os.path.abspath(__file__)) not in sys.path:
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from fineweb import RunFailed, UserError, explaining, parse_flags, run_cli, without_lone_surrogates
 
 STYLES = ("completion", "harness")
@@ -397,11 +400,11 @@ class Flags:
 
 
 def newest_checkpoint(name):
-    """That of a run's folder, through `latest`: a link, or on a disk without links a file; another name as it is."""
+    """That of a run's folder, which `latest` names: a link, or a file on a disk without links. Else the name."""
     latest = os.path.join(name, "latest") if os.path.exists(os.path.join(name, "latest")) else name
     if os.path.isfile(latest):
-        with open(latest) as f:
-            latest = os.path.join(os.path.dirname(latest), f.read(100).strip())
+        with open(latest, errors="replace") as f:
+            return os.path.join(os.path.dirname(latest), f.read(100).strip())
     return latest
 
 
@@ -419,9 +422,20 @@ def load_causal_lm(name, config=None, dtype=torch.float32):
     return model, loaded["unexpected_keys"]
 
 
-def open_model(name, style, dtype="float32", device_type="cpu"):
-    """The model and encode (text -> list of ids), from a Hugging Face name or a model folder; dtype as in `pick_dtype`.
-    A tokenizer adds its own special tokens (Llama's BOS) in style harness, as there. Raises UserError."""
+def runs(model):
+    """Whether it reads a text of two tokens."""
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device))
+        return True
+    except RuntimeError:
+        return False
+
+
+def open_model(name, style, dtype="float32", device="cpu"):
+    """The model on the device and encode (text -> list of ids), from a Hugging Face name or a model folder; dtype: see
+    `pick_dtype`. A tokenizer adds its own special tokens (Llama's BOS) in style harness, as there. Raises UserError."""
+    name = newest_checkpoint(name)
     if os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json")):
         raise UserError(f"{name}: no config.json in this folder; --model takes a model folder or a Hugging Face name")
     from transformers import AutoConfig, AutoTokenizer
@@ -433,9 +447,13 @@ def open_model(name, style, dtype="float32", device_type="cpu"):
             if getattr(config, key, None) == "gelu_new":
                 setattr(config, key, "gelu_pytorch_tanh")
         width = config.get_text_config().hidden_size
-        # Opened in its dtype, not cast: what a model keeps in float32 (rotary tables), Transformers alone knows.
-        dtype, _ = pick_dtype(dtype, device_type, (256, width, 4 * width))
-        model, _ = load_causal_lm(name, config, dtype)
+        dtype, _ = pick_dtype(dtype, torch.device(device).type, (256, width, 4 * width))
+        # Why not cast the parameters? Some buffers must follow (GPT-1's mask, XGLM's positions) and some must not
+        # (rotary tables): Transformers knows which, where it opens the model in its dtype.
+        model = load_causal_lm(name, config, dtype)[0].to(device)
+        if not runs(model) and dtype != torch.float32:
+            print(f"{name}: scored in float32, for its layers do not run in {str(dtype)[6:]}")
+            model = load_causal_lm(name, config)[0].to(device)
         tokenizer = AutoTokenizer.from_pretrained(name)
 
     def encode(text):
@@ -456,8 +474,7 @@ def main(argv):
     device = pick_device(flags.device)
     check_device(device)
     examples = load_examples(flags.data, flags.limit)
-    model, encode = open_model(newest_checkpoint(flags.model), flags.style, flags.dtype, torch.device(device).type)
-    model.to(device)
+    model, encode = open_model(flags.model, flags.style, flags.dtype, device)
     started = time.perf_counter()
     result = evaluate(model, examples, encode, flags.style, device, progress=True)
     speed = round(len(examples) / (time.perf_counter() - started), 2)

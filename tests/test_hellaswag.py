@@ -5,8 +5,10 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import random
 import re
+import subprocess
 import sys
 import time
 
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 
 import fineweb
 import hellaswag
-from conftest import refused, run, save_llama2_tokenizer
+from conftest import ROOT, refused, run, save_llama2_tokenizer
 from train_gpt2 import GPT, GPTConfig
 
 WORDS = ("the a man woman boy dog is are was then and with into over across holding shows throws water paint snow "
@@ -461,6 +463,29 @@ def test_train_gpt2_is_never_imported(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "hellaswag")         # so that it is imported once more
     out, _ = run("hellaswag.py", "--model", tmp_path / "model", "--data", tmp_path / "val.jsonl", "--device", "cpu")
     assert json.loads(out.splitlines()[-1])["n"] == 1
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_runs_folder_is_its_newest_checkpoint(has_links, tmp_path):
+    for step in ("step_000002", "step_000010"):
+        save_folder("gpt2", tmp_path / "log" / step)
+    if has_links:
+        (tmp_path / "log/latest").symlink_to("step_000010")
+    else:
+        (tmp_path / "log/latest").write_text("step_000010")
+    (tmp_path / "log/step_000002/config.json").write_text("{")  # not opened
+    (tmp_path / "val.jsonl").write_text(json.dumps(EXAMPLES[0]) + "\n")
+    for model in ("log", "log/", "log/latest", tmp_path / "log", "log/step_000010"):
+        out, _ = run("hellaswag.py", "--model", model, "--data", "val.jsonl", "--device", "cpu", cwd=tmp_path)
+        assert json.loads(out.splitlines()[-1])["model"] == str(model)
+
+
+def test_python_that_does_not_look_beside_the_script(tmp_path):
+    """`python -I`, and PYTHONSAFEPATH=1 as some clusters set it."""
+    for flags, env in ((["-I"], {}), ([], {"PYTHONSAFEPATH": "1"})):
+        done = subprocess.run([sys.executable, *flags, ROOT / "hellaswag.py", "--limit", "-1"], cwd=tmp_path,
+                              env={**os.environ, **env}, capture_output=True, text=True)
+        assert done.stderr.strip() == "error: --limit -1: 0 means all, else a number of examples", done.stderr
 
 
 def test_flags():

@@ -162,6 +162,43 @@ def test_a_model_of_damaged_weights_is_refused(damage, says, tmp_path):
     assert says in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("name, sizes", [
+    ("OpenAIGPTConfig", dict(n_positions=256, n_embd=64, n_layer=2, n_head=4)),
+    ("XGLMConfig", dict(max_position_embeddings=256, d_model=64, ffn_dim=128, num_layers=2, attention_heads=4)),
+    ("LlamaConfig", {key: value for key, value in SIZES.items() if key != "vocab_size"})])
+def test_bfloat16_is_as_transformers_opens_it(name, sizes, tmp_path):
+    """With buffers that are cast with the parameters (a mask, a table of positions) and such that are not (rotary)."""
+    import transformers
+    config = getattr(transformers, name)(**sizes, vocab_size=257, bos_token_id=256, eos_token_id=256, pad_token_id=256)
+    randomize(transformers.AutoModelForCausalLM.from_config(config), 0.1).save_pretrained(tmp_path)
+    fineweb.get_tokenizer("byte").save_pretrained(tmp_path)
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps(example) + "\n" for example in EXAMPLES))
+    out, _ = run("hellaswag.py", "--model", tmp_path, "--data", tmp_path / "val.jsonl", "--device", "cpu", "--dtype", "bfloat16")
+    result = json.loads(out.splitlines()[-1])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    losses = one_text_at_a_time(theirs, 256)
+    right = [int(values.argmin()) == example["label"] for values, example in zip(losses, EXAMPLES)]
+    assert result["dtype"] == "bfloat16" and result["acc"] == pytest.approx(np.mean(right))
+    opened, encode = hellaswag.open_model(str(tmp_path), "completion", "bfloat16")
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in
+               zip((*opened.parameters(), *opened.buffers()), (*theirs.parameters(), *theirs.buffers())))
+    scores, _ = our_scores(opened, make_items(opened, "completion", EXAMPLES, encode))
+    np.testing.assert_allclose(scores, losses, rtol=0.02)  # bfloat16's rounding
+
+
+def test_what_does_not_run_in_bfloat16_is_scored_in_float32(tmp_path, monkeypatch):
+    """XLNet keeps a part of its parameters in float32, and is no causal model in either dtype."""
+    build("XLNetConfig").save_pretrained(tmp_path)
+    fineweb.get_tokenizer("byte").save_pretrained(tmp_path)
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps(example) + "\n" for example in EXAMPLES))
+    command = "hellaswag.py", "--model", tmp_path, "--data", tmp_path / "val.jsonl", "--device", "cpu", "--dtype", "bfloat16"
+    out, err = run(*command, expect=2)
+    assert f"{tmp_path}: scored in float32, for its layers do not run in bfloat16" in out
+    assert "not a causal language model" in err.splitlines()[-1]
+    monkeypatch.setattr(hellaswag, "reads_packed_rows", lambda *args: False)
+    assert json.loads(run(*command)[0].splitlines()[-1])["dtype"] == "float32"
+
+
 def test_half_a_surrogate_pair_in_an_example(tmp_path):
     """Scored as U+FFFD, which stands for it in shards, too."""
     from transformers import LlamaConfig, LlamaForCausalLM
