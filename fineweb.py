@@ -141,6 +141,7 @@ def save_byte_level_bpe(folder, bpe, use_regex):
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # named, or a Qwen3 folder opens Qwen2's and Llama's adds a BOS
         "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,  # as users of GPT-2 set it: batches ask for one, and the vocabulary has no other
         "add_bos_token": False, "add_eos_token": False, "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # <|endoftext|> inside user text is text

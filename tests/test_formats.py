@@ -167,3 +167,138 @@ def test_torn_weights_of_ours_are_named(size, tmp_path):
     assert f"{path}: not a whole safetensors file" in refused("train_gpt2.py", "sample", "--checkpoint", tmp_path)
     path.unlink()
     assert f"{path}: not there" in refused("train_gpt2.py", "sample", "--checkpoint", tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# ends of text
+
+ENDS = {  # what the two files say, ... where a key is missing; what ends a text; what config.json says when it is saved
+    "null": (dict(eos_token_id=None), None, [], None),
+    "null, and bos and pad": (dict(eos_token_id=None, bos_token_id=None, pad_token_id=0), None, [], None),
+    "null in both": (dict(eos_token_id=None), dict(eos_token_id=None), [], None),
+    "null in generation_config": (dict(eos_token_id=7), dict(eos_token_id=None), [], 7),
+    "only in generation_config": (dict(eos_token_id=None), dict(eos_token_id=9), [9], None),
+    "missing": (dict(eos_token_id=...), None, [2], 2),  # Llama's own
+    "missing in generation_config": (dict(eos_token_id=7), dict(temperature=0.6), [7], 7),
+    "a list": (dict(eos_token_id=[7, 9]), None, [7, 9], [7, 9]),
+    "an empty list": (dict(eos_token_id=[]), None, [], []),
+    "pad is the end": (dict(eos_token_id=7, pad_token_id=7), None, [7], 7),
+    "both": (dict(eos_token_id=7), dict(eos_token_id=[9, 11]), [9, 11], 7),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_ends_of_text_are_read_and_written_as_they_are(case, tmp_path):
+    keys, generation, ends, written = ENDS[case]
+    make_llama().save_pretrained(tmp_path / "theirs")
+    edit(tmp_path / "theirs/config.json", **keys)
+    path = tmp_path / "theirs/generation_config.json"
+    path.write_text(json.dumps(generation)) if generation else path.unlink()
+    opened = GPT.from_pretrained(tmp_path / "theirs")
+    opened.save_pretrained(tmp_path / "ours")
+    for model in (opened, GPT.from_pretrained(tmp_path / "ours")):
+        assert model.end_ids == ends
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert again.config.eos_token_id == written
+    for name in {"bos_token_id", "pad_token_id"} & keys.keys():
+        assert getattr(again.config, name) == keys[name]
+
+
+def test_a_model_without_an_end_writes_on(tmp_path):
+    """Its likeliest token is the vocabulary's last, which ends a text where nothing else is said."""
+    theirs = make_llama()
+    with torch.no_grad():
+        theirs.lm_head.weight.zero_()
+        theirs.lm_head.weight[97] = 1.0
+        theirs.lm_head.weight[256] = -theirs.lm_head.weight[97]  # one of the two has the higher logit
+    theirs.config.eos_token_id = theirs.generation_config.eos_token_id = None
+    theirs.save_pretrained(tmp_path)
+    model = GPT.from_pretrained(tmp_path)
+    rows = model.generate(torch.arange(20)[:, None], 6, temperature=0)
+    assert rows.size(1) == 7 and {97, 256} == set(rows[:, 1:].flatten().tolist())
+    expected = theirs.generate(torch.arange(20)[:, None], attention_mask=torch.ones(20, 1), max_new_tokens=6, do_sample=False)
+    assert torch.equal(rows, expected)
+
+
+# -----------------------------------------------------------------------------
+# shapes that no flag makes
+
+@pytest.mark.parametrize("shape, model_type", [
+    (dict(n_head=3, head_dim=8), "train_gpt2"), (dict(head_dim=16), "train_gpt2"), (dict(n_hidden=50), "gpt2"),
+    (dict(tied=False), "gpt2"), (dict(eot=3), "gpt2"), (dict(norm_eps=1e-3), "gpt2"), (dict(n_kv_head=2), "train_gpt2"),
+    (dict(LLAMA, n_head=3, head_dim=8), "train_gpt2"), (dict(LLAMA, head_dim=10), "llama"),
+    (dict(LLAMA, bias=False, window=5, n_head=3, head_dim=8), "mistral"),
+    (dict(LLAMA, bias=False, qk_norm=True, n_head=5, head_dim=6), "qwen3"),
+    (dict(LLAMA, rope_theta=500.0, tied=False, norm_eps=1e-3, n_hidden=50, eot=3, n_kv_head=1), "llama"),
+    (dict(LLAMA, bias=False, window=60, tied=False, rope_theta=500.0), "mistral"),
+    (dict(LLAMA, bias=False, window=1, qk_norm=True, tied=False, norm_eps=1e-3, eot=0), "qwen3"),
+], ids=str)
+def test_shapes_that_no_flag_makes(shape, model_type, tmp_path):
+    """Each is saved so that Transformers opens it with equal logits, or as our own type."""
+    torch.manual_seed(0)
+    model = randomise(GPT(GPTConfig(**{**SHAPE, **shape})))
+    assert model.save_pretrained(tmp_path) == model_type
+    assert GPT.from_pretrained(tmp_path).config == model.config
+    if model_type != "train_gpt2":
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert theirs.config.model_type == model_type and same_logits(model, theirs)
+
+
+# -----------------------------------------------------------------------------
+# what others do with a checkpoint
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+@pytest.mark.parametrize("tokenizer", ["byte", "folder"])
+def test_the_umask_says_who_reads_a_checkpoint(umask, mode, tokenizer, text_file, tmp_path):
+    if tokenizer == "folder":
+        fineweb.get_tokenizer("byte").save_pretrained(tmp_path / "tokenizer")
+        tokenizer = tmp_path / "tokenizer"
+    before = os.umask(umask)
+    try:
+        run("train_gpt2.py", *SMALL, "--max_steps", 1, "--checkpoint_every", 1, "--data", text_file, "--tokenizer", tokenizer,
+            "--out_dir", tmp_path / "log", "--tensorboard")
+    finally:
+        os.umask(before)
+    paths = [tmp_path / "log", *(tmp_path / "log").rglob("*")]
+    files = {path.name: oct(path.stat().st_mode & 0o777) for path in paths if path.is_file()}
+    assert {"config.json", "model.safetensors", "train_state.pt", "tokenizer.json", "log.jsonl"} < files.keys()
+    assert set(files.values()) == {oct(mode)}, files
+    assert {oct(path.stat().st_mode & 0o777) for path in paths if path.is_dir()} == {oct(0o777 & ~umask)}
+
+
+@pytest.mark.parametrize("form", [{}, LLAMA], ids=["gpt2", "llama"])
+def test_batches_are_padded(form, tmp_path):
+    """In a pipeline, by the tokenizer, and by the collator, which leaves the pad token out of the labels."""
+    torch.manual_seed(0)
+    model = randomise(GPT(GPTConfig(**SHAPE, **form)))
+    model.save_pretrained(tmp_path, fineweb.get_tokenizer("byte"))
+    texts = ["ROMEO:", "But soft, what light", "O"]
+    write = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    how = dict(max_new_tokens=12, do_sample=False)
+    assert write(texts, batch_size=3, **how) == [write(text, **how) for text in texts]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    assert batch["input_ids"].shape == (3, 20) and batch["attention_mask"].sum(dim=1).tolist() == [6, 20, 1]
+    batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)([tokenizer(text) for text in texts])
+    assert torch.equal(batch["labels"] != -100, batch["attention_mask"] == 1)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs(input_ids=torch.tensor([[256, 5, 6]]), labels=torch.tensor([[256, 5, 6]])).loss.backward()
+    assert theirs.get_input_embeddings().weight.grad[256].any()  # end-of-text is trained: config.json names no pad
+
+
+def test_a_runs_folder_is_its_newest_checkpoint(text_file, tmp_path):
+    run("train_gpt2.py", *SMALL, "--max_steps", 4, "--checkpoint_every", 2, "--data", text_file, "--tokenizer", "byte",
+        "--out_dir", tmp_path / "log")
+    (tmp_path / "log/latest").unlink()
+    shutil.rmtree(tmp_path / "log/best", ignore_errors=True)
+    loss = log_lines(tmp_path / "log", "val")[-1]["loss"]
+    for folder in (tmp_path / "log", tmp_path / "log/step_000004"):
+        texts = run("train_gpt2.py", "sample", "--checkpoint", folder, "--max_new_tokens", 5)
+        assert texts == run("train_gpt2.py", "sample", "--checkpoint", tmp_path / "log/step_000004", "--max_new_tokens", 5)
+        out, _ = run("train_gpt2.py", "eval", "--checkpoint", folder, "--device", "cpu")  # the run's data and its tokens
+        assert f"{text_file}: validation loss" in out and abs(float(out.split("loss ")[1].split()[0]) - loss) < 5e-3
+    out, _ = run("train_gpt2.py", *SMALL[10:], "--init_from", tmp_path / "log", "--data", text_file, "--max_steps", 1,
+                 "--total_batch_size", 512, "--out_dir", tmp_path / "tuned")
+    assert f"{tmp_path / 'log'}, fine-tuned" in out
+    (tmp_path / "empty").mkdir()
+    assert f"{tmp_path / 'empty'}: no model is here" in refused("train_gpt2.py", "sample", "--checkpoint", tmp_path / "empty")
