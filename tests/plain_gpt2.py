@@ -47,8 +47,7 @@ class Settings:
 
 MODERN = Settings(modern=True, optimizer="muon", schedule="wsd", decay_fraction=0.6, lr=1.8e-3,
                   min_lr=0.0)
-# Shakespeare in bytes: 256 ids, and the id of an end-of-text that this one text does not have.
-BYTES = dict(data="input.txt", vocab_size=257)
+BYTES = dict(data="input.txt", vocab_size=257)  # Shakespeare: 256 bytes, and an end-of-text
 SMALL = dict(BYTES, n_layer=2, n_head=4, n_kv_head=4, n_embd=64, block_size=32, lr=1e-3,
              min_lr=1e-4, total_batch_size=512, eval_tokens=4010)
 PRESETS = {
@@ -103,8 +102,7 @@ class Attention(nn.Module):
         if s.modern:
             q, k = rotate(q), rotate(k)
         # Neighbours form a group: four query heads over two of keys meet the heads 0, 0, 1, 1.
-        k = k.repeat_interleave(s.n_head // s.n_kv_head, dim=1)
-        v = v.repeat_interleave(s.n_head // s.n_kv_head, dim=1)
+        k, v = [heads.repeat_interleave(s.n_head // s.n_kv_head, dim=1) for heads in (k, v)]
         # Query i sees key j if j is not after it (causal: it must not see what it predicts), and
         # with a window of N if j is one of the last N positions up to i: i - j from 0 to N - 1.
         distance = torch.arange(T)[:, None] - torch.arange(T)  # i - j
@@ -236,13 +234,13 @@ def learning_rate(step, s):
     if step < warmup:
         return s.lr * (step + 1) / warmup
     # wsd (warm-up, stable, decay; Hu et al. 2024): lr until decay_fraction of the steps is left,
-    # and from there in a line to min_lr. Until it decays, a run can still be made longer.
+    # and from there in a line to min_lr. Until it decays, a run can still be made longer. cosine:
+    # after the warm-up half a wave, from lr down to min_lr, steepest half-way.
     if s.schedule == "wsd":
-        remaining = 1 - step / s.max_steps
-        return s.min_lr + (s.lr - s.min_lr) * min(1, remaining / s.decay_fraction)
-    # cosine: after the warm-up, half a wave from lr down to min_lr, steepest half-way.
-    progress = (step - warmup) / (s.max_steps - warmup)
-    return s.min_lr + (s.lr - s.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+        height = min(1, (1 - step / s.max_steps) / s.decay_fraction)
+    else:
+        height = (1 + math.cos(math.pi * (step - warmup) / (s.max_steps - warmup))) / 2
+    return s.min_lr + (s.lr - s.min_lr) * height
 
 def muon_momentum(step, s):
     # Muon averages over about 1 / (1 - momentum) gradients, and early ones are soon out of date. So
@@ -253,9 +251,8 @@ def muon_momentum(step, s):
 # TRAINING.
 def loss_sum(model, windows):
     """The cross-entropy of the predictions in nats, summed over all tokens of a list of windows."""
-    rows = torch.from_numpy(np.stack(windows).astype(np.int64))
-    logits, targets = model(rows[:, :-1]), rows[:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    ids = torch.from_numpy(np.stack(windows).astype(np.int64))
+    return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
 
 def train(s):
     """Prints a line a step. Returns what train_gpt2.py logs of each, and the validation loss."""
@@ -294,8 +291,7 @@ def evaluate(model, shards, s):
     """The validation loss in nats a token, over the first windows that hold eval_tokens targets."""
     # Always the same windows, in the order of the files, so that losses of any runs compare.
     windows = list(islice(chain(*shards), math.ceil(s.eval_tokens / s.block_size)))
-    parts = range(0, len(windows), s.batch_size)
-    total = sum(loss_sum(model, windows[i:i + s.batch_size]).item() for i in parts)
+    total = sum(loss_sum(model, [window]).item() for window in windows)
     return total / (len(windows) * s.block_size)
 
 if __name__ == "__main__":
