@@ -183,7 +183,7 @@ class TrainConfig:
         return {name: value for group in vars(self).values() for name, value in vars(group).items()}
 
     def update(self, values, keep=()):
-        """Sets the flags that `values` names, but for those in `keep`. Returns itself."""
+        # Sets the flags that `values` names, but for those in `keep`. Returns itself.
         group_of = {name: group for group in vars(self).values() for name in vars(group)}
         for name in values.keys() - keep:
             if name not in group_of:
@@ -250,7 +250,7 @@ class Rotary(nn.Module):
 
 
 def rotate(x, rotation):
-    """x: (B, heads, T, head_dim); rotation: cos and sin of its positions."""
+    # x: (B, heads, T, head_dim); rotation: cos and sin of its positions.
     cos, sin = rotation
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).type_as(x)
@@ -279,14 +279,14 @@ def sdpa_in_float32(q, k, v, **options):
 
 
 def has_flash_attention(q):
-    """Whether PyTorch's flash attention takes q (B, n_head, T, head_dim)."""
+    # Whether PyTorch's flash attention takes q (B, n_head, T, head_dim).
     is_half = compute_dtype(q) in (torch.bfloat16, torch.float16)
     fits = q.size(3) % 8 == 0 and q.size(3) <= 192  # up to 256, but on some chips not in the backward pass
     return is_half and fits and q.device.type == "cuda" and torch.cuda.get_device_properties(q.device).major >= 8
 
 
 def compute_dtype(x):
-    """The dtype that a matmul with x runs in: autocast's where it is on."""
+    # The dtype that a matmul with x runs in: autocast's where it is on.
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
@@ -367,8 +367,7 @@ class HeadNorm(nn.RMSNorm):
 class Attention(nn.Module):
     def __init__(self, config, attention):
         super().__init__()
-        self.head_dim = config.head_dim
-        self.dropout = config.dropout
+        self.head_dim, self.dropout = config.head_dim, config.dropout
         self.attention = attention
         self.widths = [n * self.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]  # of q, k and v
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
@@ -405,7 +404,7 @@ class MLP(nn.Module):
 
 
 class SwiGLU(MLP):
-    """Gated MLP (Shazeer 2020)."""
+    # Shazeer 2020.
 
     def __init__(self, config):
         super().__init__(config)
@@ -444,6 +443,9 @@ class Block(nn.Module):
 # A chunk has two forms. Compiled, it compares each column with the target, which one kernel does as it reads a row;
 # gather and scatter are kernels apart, which write the probabilities in float32 (41.5 GB for 65,536 tokens, now 13.2).
 # Uncompiled, every operation is a kernel, and that one form for both made losses 1.5 to 1.9 times slower.
+#
+# What changes the logits, as a softcap, stands in both forms' common lines, before the padding's -inf, with its slope
+# multiplied into logits_grad at the end; and once more in GPT.logits, where samples and HellaSwag have theirs from.
 def chunk_of_loss(x, head, target, vocab_size, needs_grad):
     """x: (N, C); head: (padded_vocab_size, C); target: (N, 1), -1 is ignored. Returns the sum of the cross-entropies
     and its gradient with respect to the logits (softmax minus one-hot), or None."""
@@ -469,7 +471,6 @@ def chunk_of_loss(x, head, target, vocab_size, needs_grad):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The head's matmul and the sum of the cross-entropies; logits and their gradient exist for one chunk at a time."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, vocab_size, num_chunks, chunk_of_loss, needs_grad):
@@ -500,9 +501,9 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.loss_chunks = 0  # 0: chosen in `forward`; Run sets what --loss_chunks asks for
+        self.loss_chunks = 0  # 0: chosen in `forward`
         self.chunk_of_loss = chunk_of_loss  # or its compiled form, of compile_blocks
-        # Of a Transformers model; load_weights_and_extras fills both in, save_pretrained writes the second again.
+        # Of a Transformers model: from_pretrained fills both in, save_pretrained writes the second again.
         self.end_ids = [config.eot]  # any of them ends a text
         self.hf_extras = {}  # {file: what it says beside GPTConfig}
         attention = WindowAttention(config.window) if 0 < config.window < config.block_size else full_attention
@@ -519,7 +520,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """As GPT-2: std 0.02, and 0.02 / sqrt(2 n_layer) for c_proj, the projections onto the residual stream."""
+        # As GPT-2: std 0.02, and 0.02 / sqrt(2 n_layer) for c_proj, the projections onto the residual stream.
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 p.normal_(std=0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer))
@@ -531,7 +532,7 @@ class GPT(nn.Module):
             weight[self.config.vocab_size:] = 0  # the padding rows stay zero: no gradient reaches them
 
     def num_parameters(self):
-        """Without the padding rows."""
+        # Without the padding rows.
         padding = sum(w[self.config.vocab_size:].numel() for w in {self.wte.weight, self.lm_head.weight})
         return sum(p.numel() for p in self.parameters()) - padding
 
@@ -574,7 +575,7 @@ class GPT(nn.Module):
         return loss / (targets >= 0).sum()
 
     def compile_blocks(self, recompute=True):
-        """recompute: norms and GELUs are made again in the backward pass. Sets two global switches of the compiler."""
+        # recompute: norms and GELUs are made again in the backward pass. Sets two global switches of the compiler.
         # Block by block, not the model at once: all blocks share one graph, which is compiled once, not n_layer times.
         # The embedding stays outside: its compiled gradient on a CPU adds up by atomics, in no fixed order, so that a
         # resumed run would not equal the whole one bit for bit.
@@ -588,7 +589,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=50, generator=None):
-        """Yields the next tokens, (B, 1) at a time; see `generate`."""
+        # Yields the next tokens, (B, 1) at a time; see `generate`.
         was_training = self.training
         self.eval()
         try:
@@ -669,7 +670,7 @@ class GPT(nn.Module):
 
 
 def sample_token(logits, temperature, top_k, generator):
-    """(B, vocab_size) -> (B, 1)"""
+    # (B, vocab_size) -> (B, 1)
     if temperature < 1e-6:  # 0, or too small to divide by
         return logits.argmax(dim=1, keepdim=True)
     logits = (logits.float() / temperature).nan_to_num()  # of a model that broke
@@ -698,10 +699,8 @@ class Corpus:
     """A split's tokens in windows of block_size. `shards`: paths, or arrays. Raises UserError naming a damaged one."""
 
     def __init__(self, shards, block_size, vocab_size, name):
-        self.shards = shards
-        self.block_size = block_size
-        self.vocab_size = vocab_size
-        self.name = name
+        self.shards, self.name = shards, name
+        self.block_size, self.vocab_size = block_size, vocab_size
         self.windows_per_shard = np.array([max(0, (len(self.read(shard)) - 1) // block_size) for shard in shards])
         self.num_windows = int(self.windows_per_shard.sum())
         if self.num_windows == 0:
@@ -712,7 +711,7 @@ class Corpus:
         return shard if isinstance(shard, np.ndarray) else fineweb.read_shard(shard)
 
     def fingerprint(self):
-        """A sha256 that tells this data from other, wherever it lies."""
+        # A sha256 that tells this data from other, wherever it lies.
         # Of shards only by sizes and ends: to read 20 GB at every start would take minutes.
         digest = hashlib.sha256()
         for shard in self.shards:
@@ -828,7 +827,7 @@ class BatchedMuon(torch.optim.Muon):
 
 
 def orthogonalize(x, group):
-    """x: (matrices, rows, columns), rows <= columns. Newton and Schulz's iteration towards singular values of 1."""
+    # x: (matrices, rows, columns), rows <= columns. Newton and Schulz's iteration towards singular values of 1.
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
     a, b, c = group["ns_coefficients"]
     for _ in range(group["ns_steps"]):
@@ -838,7 +837,7 @@ def orthogonalize(x, group):
 
 
 def make_optimizers(model, recipe, device_type):
-    """AdamW (Loshchilov & Hutter 2019); with --optimizer muon also Muon, scaled by Liu et al. 2025."""
+    # AdamW: Loshchilov & Hutter 2019. Muon's scale: Liu et al. 2025.
     for_muon = [p for p in model.h.parameters() if p.ndim == 2] if recipe.optimizer == "muon" else []
     taken = set(for_muon)
     rest = [p for p in model.parameters() if p not in taken]
@@ -853,7 +852,7 @@ def make_optimizers(model, recipe, device_type):
 # Nobody knows how many steps a time budget holds: a preset's warm-up of 715 could outlast it. So with --max_minutes the
 # schedule goes by time_share, the part of it that is over, and warm-up ends with its first tenth at the latest.
 def learning_rate(step, schedule, time_share=0.0):
-    """The learning rate of update number `step`, counted from 0."""
+    # Of update number `step`, counted from 0.
     peak, warmup_steps, max_steps = schedule.lr, schedule.warmup_steps, schedule.max_steps
     lowest = peak / 10 if schedule.min_lr is None else schedule.min_lr
     if step < warmup_steps and time_share < 0.1:
@@ -867,7 +866,7 @@ def learning_rate(step, schedule, time_share=0.0):
 
 # A high momentum holds on to the first gradients, which soon point elsewhere (modded-nanogpt, Jordan et al. 2024).
 def muon_momentum(step, schedule, time_share=0.0):
-    """Muon's in the same update: from 0.85 it rises to 0.95, in 300 steps or the first sixth of a shorter run."""
+    # In the same update: from 0.85 it rises to 0.95, in 300 steps or the first sixth of a shorter run.
     return 0.85 + 0.1 * min(1.0, max(step / 300, 6 * step / schedule.max_steps, 6 * time_share))
 
 # -----------------------------------------------------------------------------
@@ -894,7 +893,10 @@ class Run:
         # Locked before anything in it is read: a run that ends meanwhile would save a checkpoint newer than the one
         # chosen here, and one that goes on would share its trackers with this.
         world.lock_folder(flags.setup.out_dir)
-        checkpoint = open_checkpoint(flags.setup, world)
+        checkpoint = choose_checkpoint(flags.setup, world) if world.rank == 0 else None
+        # Rank 0 chooses: another rank could find another folder whole, on a network's disk.
+        folder = world.from_rank_0(checkpoint and checkpoint.folder)
+        checkpoint = checkpoint or folder and load_checkpoint(folder)
         if checkpoint:
             config, self.notes = resumed_config(flags, given, checkpoint.config), []
             model, tokenizer, state = checkpoint.model, checkpoint.tokenizer, NEW_RUN | checkpoint.state
@@ -934,7 +936,7 @@ class Run:
         self.stop = StopRequest()  # of this rank
 
     def state_dict(self):
-        """Tensors and plain values. The place in the data and all randomness follow from the step."""
+        # Tensors and plain values; the place in the data and all randomness follow from the step.
         return {"config": self.config.flat(), "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "scaler": self.scaler.state_dict(), "step": self.step, "skipped": self.skipped,
                 "seconds": self.seconds, "timed_steps": self.timed_steps, "total_seconds": self.total_seconds(),
@@ -942,15 +944,16 @@ class Run:
                 "run_id": self.run_id, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state):
-        """What `state_dict` gave, or NEW_RUN; device, dtype and batch split are chosen before. Raises UserError."""
+        # What `state_dict` gave, or NEW_RUN. Device, dtype and batch split are chosen before.
         self.step = self.saved_step = state["step"]  # saved_step: of the newest checkpoint
         self.skipped, self.seconds, self.timed_steps = state["skipped"], state["seconds"], state["timed_steps"]
         self.earlier_seconds = state["total_seconds"]
         self.run_id = state["run_id"] or f"{time.time_ns():x}"
         self.fingerprint = self.train_data.fingerprint()
         if state["fingerprint"] not in (None, self.fingerprint):
-            raise UserError(f"--data {self.config.setup.data}: the run in {self.config.setup.out_dir} has other tokens; "
-                            "give its own data, or begin a new run with --init_from and a checkpoint")
+            setup = self.config.setup
+            raise UserError(f"--data {setup.data}: the run in {setup.out_dir} has other data, by its tokens; give its "
+                            "own, or begin a new run with --init_from and a checkpoint")
         for optimizer, saved in zip(self.optimizers, state.get("optimizers", [])):
             optimizer.load_state_dict(saved)
         if state.get("scaler"):  # else it was not in float16
@@ -960,7 +963,7 @@ class Run:
         return self.earlier_seconds + time.monotonic() - STARTED
 
     def train_step(self):
-        """One optimizer step. Returns what log.jsonl holds of it."""
+        # One optimizer step. Returns what log.jsonl holds of it.
         started, recipe, world = time.monotonic(), self.config.recipe, self.world
         # One seed a step and rank: dropout is that of the uninterrupted run, and checkpoints need no generator's state.
         seed = np.random.SeedSequence((recipe.seed, self.step, world.rank)).generate_state(1)
@@ -997,8 +1000,8 @@ class Run:
         self.scaler.update()
         # The step's one small all-reduce. Rank 0's time is that of all: a budget must end on all in the same step.
         seconds = time.monotonic() - started if world.rank == 0 else 0.0
-        sums = world.all_reduce([loss / world.size, seconds, self.stop.number > 0, self.stop.was_suspended])
-        loss, seconds, stops, suspensions = sums
+        numbers = [loss / world.size, seconds, self.stop.number > 0, self.stop.was_suspended]
+        loss, seconds, stops, suspensions = world.all_reduce(numbers)
         self.stopped, self.stop.was_suspended = stops > 0, False
         self.step += 1
         self.skipped = 0 if is_finite else self.skipped + 1
@@ -1016,7 +1019,7 @@ class Run:
         return line
 
     def mfu(self, tokens_per_second):
-        """The share of the chips' peak FLOP/s that the model makes use of; None where the peak is unknown."""
+        # The share of the chips' peak FLOP/s that the model makes use of, where that peak is known.
         peak = hellaswag.peak_flops(self.world.device_type)
         return peak and flops_per_token(self.model) * tokens_per_second / (peak * self.world.size)
 
@@ -1024,7 +1027,7 @@ class Run:
         self.world.print(f"step {self.step:>6,}  {text}")
 
     def time_share(self):
-        """The part of --max_minutes that is over; 0 without that limit."""
+        # The part of --max_minutes that is over; 0 without that limit.
         minutes = self.config.schedule.max_minutes
         return self.seconds / (60 * minutes) if minutes else 0.0
 
@@ -1032,7 +1035,7 @@ class Run:
         return self.step >= self.config.schedule.max_steps or self.time_share() >= 1
 
     def is_due(self, every):
-        """Whether it is time for what is done every so many steps (0: never) and after the last, if none stopped it."""
+        # Whether it is time for what is done every so many steps (0: never) and after the last, if none stopped it.
         return every > 0 and self.step > 0 and not self.stopped and (self.is_over() or self.step % every == 0)
 
     def save(self):
@@ -1104,7 +1107,7 @@ def collect_garbage(step, first_step):
 
 
 class StopRequest:
-    """Notes the signals of users (SIGINT), closing terminals (SIGHUP) and clusters; the loop ends after its step."""
+    # Notes the signals of users (SIGINT), closing terminals (SIGHUP) and clusters; the loop ends after its step.
 
     def __init__(self):
         self.time = self.number = 0  # of the first signal
@@ -1174,7 +1177,7 @@ def resumed_config(flags, given, config):
 
 
 def complete_config(config, given):
-    """Gives the flags of a new run that were left alone their values. Returns notes for the user."""
+    # Gives the flags of a new run that were left alone their values. Returns notes for the user.
     setup, schedule, notes = config.setup, config.schedule, []
     setup.data = find_data(setup.data)
     has_shards = os.path.isdir(setup.data)
@@ -1224,7 +1227,7 @@ def find_data(path):
 
 
 def choose_dtype(name, model_config, world, previous=None):
-    """The dtype of --dtype `name`, and why. auto: `previous`, the run's on such a device, or rank 0's choice."""
+    # auto: `previous`, the run's on such a device, or rank 0's choice.
     if name == "auto" and previous and previous[0] == world.device_type:
         name = previous[1]
     matmul = (256, model_config.n_embd, model_config.n_hidden)
@@ -1233,7 +1236,7 @@ def choose_dtype(name, model_config, world, previous=None):
 
 
 def split_batch(run, previous):
-    """The batch size, that which the run had (`previous`) if it divides, and the micro-steps. Raises UserError."""
+    # The batch size, that which the run had (`previous`) if it divides, and the micro-steps.
     world, T, total = run.world, run.model.config.block_size, run.config.recipe.total_batch_size
     unit = T * world.size
     sequences = total // unit  # of each device in a step
@@ -1256,7 +1259,7 @@ def split_batch(run, previous):
 
 
 def largest_batch(model, sizes, world, dtype):
-    """The largest of the sizes, given in order, whose micro-step fits on the GPU; the smallest if none does."""
+    # The largest of the sizes, given in order, whose micro-step fits on the GPU; the smallest if none does.
     # Tried, not computed: kernels' workspaces and what the compiler keeps follow no formula. From the largest down,
     # beside copies of the parameters that stand for the gradients, AdamW's moments and DDP's buckets. The sizes divide
     # the sequences of a step; one that is only halved need not: its last micro-step would be smaller than the others,
@@ -1287,7 +1290,6 @@ def is_out_of_memory(error):
 
 
 def model_to_train(run):
-    """The model: compiled where that is wanted and works, under torchrun in DDP's wrapper."""
     system, world = run.config.system, run.world
     run.is_compiled = system.compile and world.device_type != "mps"
     if run.is_compiled:
@@ -1319,7 +1321,7 @@ def print_summary(run):
     lengths += [f"{steps:,} steps, {steps * tokens / train:.2f} times through the data"] if steps < NO_LIMIT else []
     is_new = setup.init_from == "scratch"
     name = setup.preset if is_new else f"{setup.init_from}, fine-tuned by the recipe of {setup.preset}"
-    parts = [part for part in ("rope", "rmsnorm", "swiglu", "qk_norm") if getattr(run.model.config, part)]
+    parts = [flag.name for flag in fields(ModelFlags) if flag.default is False and getattr(run.model.config, flag.name)]
     if model_type_of(run.model.config) == OWN_TYPE:
         run.notes.append("Transformers has no such mixture of parts: only this script will read the checkpoints")
     lines = [
@@ -1471,7 +1473,7 @@ def log_hellaswag(run):
 # is.
 
 def list_checkpoints(out_dir):
-    """{step: checkpoint folder}, oldest first."""
+    # {step: checkpoint folder}, oldest first.
     folders = {int(path.name[5:]): path for path in Path(out_dir).glob("step_*") if path.name[5:].isdigit()}
     return dict(sorted(folders.items()))
 
@@ -1482,7 +1484,7 @@ def describe_newest_checkpoint(run):
 
 
 def save_checkpoint(run):
-    """Whether a checkpoint could be written; if not, it says so, and the older ones stay."""
+    # Returns whether it could be written; if not, it says so, and the older ones stay.
     out_dir = current_place(run)
     folder = out_dir / f"step_{run.step:06d}"
     temporary = out_dir / f".tmp_{folder.name}"
@@ -1548,7 +1550,7 @@ def point_to(folder, name):
 
 
 def follow(path):
-    """The folder that a path given for a checkpoint means: by `point_to` that named, of a run's folder the newest."""
+    # The folder that a path given for a checkpoint means: what `point_to` made it name, of a run's folder the newest.
     path = Path(path)
     if path.is_file() and path.stat().st_size < 100:
         return path.parent / path.read_text().strip()
@@ -1578,7 +1580,7 @@ def load_state(folder, mmap=False):
 
 
 def load_checkpoint(folder):
-    """Its folder, state, config, model and tokenizer. Raises UserError naming what is damaged."""
+    # Its folder, state, config, model and tokenizer.
     state, config = load_state(folder)
     model = GPT.from_pretrained(folder)
     name = config.setup.tokenizer
@@ -1588,7 +1590,7 @@ def load_checkpoint(folder):
 
 
 def choose_checkpoint(setup, world):
-    """The newest good checkpoint of out_dir with --resume, or that of --resume_from; None to begin a run."""
+    # With --resume the newest good one of out_dir, else that of --resume_from; None to begin a run.
     delete_unfinished_saves(setup.out_dir)
     out_dir, folders = Path(setup.out_dir).resolve(), list_checkpoints(setup.out_dir)
     is_own = setup.resume or setup.resume_from and Path(setup.resume_from).parent == out_dir
@@ -1608,15 +1610,8 @@ def choose_checkpoint(setup, world):
     return checkpoint
 
 
-def open_checkpoint(setup, world):
-    # Rank 0 chooses: another rank could find another folder whole, on a network's disk.
-    checkpoint = choose_checkpoint(setup, world) if world.rank == 0 else None
-    folder = world.from_rank_0(checkpoint and checkpoint.folder)
-    return checkpoint or folder and load_checkpoint(folder)
-
-
 class RunLog:
-    """log.jsonl, one object a line, and the trackers beside it. Only rank 0 writes, and knows the validations."""
+    # log.jsonl, one object a line, and the trackers beside it. Only rank 0 writes, and knows the validations.
 
     def __init__(self, run):
         self.path = Path(run.config.setup.out_dir, "log.jsonl")
@@ -1647,12 +1642,12 @@ class RunLog:
             self.tensorboard.add_text("config", f"```\n{json.dumps(config_line, indent=2)}\n```", run.step)
 
     def open_file(self, run, config_line):
-        """Keeps of an earlier log what is still true, and adds the run's config unless it is that of the last."""
+        # Keeps of an earlier log what is still true, and adds the run's config unless it is that of the last.
         if run.step == 0 and self.path.exists():
             self.path.replace(f"{self.path}.old")
         last_config = {}
         with fineweb.replacing(self.path) as f:
-            for line in read_log(self.path):
+            for line in read_log(self.path) if self.path.exists() else ():
                 if is_kept(line, run):
                     f.write(json.dumps(line).encode() + b"\n")
                     if line["kind"] == "config":
@@ -1689,14 +1684,15 @@ class RunLog:
         return min((line[name] for line in self.vals.values() if line.get(name)), default=math.inf)
 
     def best_step(self, steps):
-        """That of the least validation loss, among these; None if there is none."""
+        # That of the least validation loss, among these; None if there is none.
         known = [(self.vals[step]["loss"], step) for step in steps if self.vals.get(step, {}).get("loss")]
         return min(known, default=(math.inf, None))[1]
 
 
 # With a log but no good checkpoint --resume begins that run anew, but not another one in its place.
 def check_lost_run(run, path):
-    earlier = next((line for line in read_log(path) if line["kind"] == "config"), {})
+    lines = read_log(path) if path.exists() else ()
+    earlier = next((line for line in lines if line["kind"] == "config"), {})
     for name, value in run.config.flat().items():
         if name not in MAY_CHANGE | PLACES and earlier.get(name, value) != value:
             raise UserError(f"--{name} {value}: {path} is of a run with {earlier[name]}, without a good checkpoint; to "
@@ -1718,7 +1714,7 @@ def describe_run(run):
 
 
 def is_kept(line, run):
-    """Whether a line of an earlier log is still true: not of later steps, nor of this one if it is made again now."""
+    # Whether a line of an earlier log is still true: not of later steps, nor of this one if it is made again now.
     evaluation, kind, step = run.config.evaluation, line["kind"], line.get("step", 0)  # older config lines have none
     if step != run.step:
         return step < run.step
@@ -1728,8 +1724,8 @@ def is_kept(line, run):
 
 
 def read_log(path):
-    """Yields the lines of a log.jsonl, without a file none; not what a killed run left unfinished or others wrote."""
-    with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as f:
+    """Yields the lines of a log.jsonl, but for what a killed run left unfinished or others wrote into it."""
+    with open(path, errors="replace") as f:
         for text in f:
             with contextlib.suppress(ValueError):
                 line = json.loads(text)
@@ -1752,7 +1748,7 @@ def is_log_line(line):
 # there, and does not wait for the kernels that are still running.
 
 class World:
-    """The processes of the run, as torchrun started them; alone without it."""
+    # The processes of the run, as torchrun started them; alone without it.
 
     def __init__(self):
         self.distributed = "RANK" in os.environ
@@ -1777,7 +1773,7 @@ class World:
             torch.utils.deterministic.fill_uninitialized_memory = False
 
     def lock_folder(self, folder):
-        """Makes it, and keeps other runs out of it until the end of this process. Raises UserError."""
+        # Made, and kept from other runs until the end of this process.
         if self.rank == 0:
             with explaining(f"--out_dir {folder}: cannot be written", "choose another", but=UserError):
                 self.lock = fineweb.lock_folder(folder)
@@ -1790,7 +1786,7 @@ class World:
                 sys.stdout.flush()
 
     def all_reduce(self, numbers, op=dist.ReduceOp.SUM):
-        """The sum of each number over the ranks, or what else `op` says."""
+        # The sum of each number over the ranks, or what else `op` says.
         values = torch.tensor(numbers, dtype=torch.float64)
         if self.distributed:
             dist.all_reduce(values, op=op)
@@ -1832,7 +1828,7 @@ def autocast(device_type, dtype):
 
 
 def flops_per_token(model):
-    """Of a training step: 6 per parameter and 12 per layer, channel and key (PaLM's appendix B)."""
+    # Of a training step: 6 per parameter and 12 per layer, channel and key (PaLM's appendix B).
     config = model.config
     positions = 0 if model.wpe is None else model.wpe.weight.numel()
     keys = min(config.block_size, config.window or config.block_size)
@@ -1869,7 +1865,7 @@ LLAMA_MODULES = {  # Mistral's and Qwen3's too; they keep apart what c_attn has 
 
 
 def model_type_of(config):
-    """The first format that loses nothing of the config, found by writing and reading it; OWN_TYPE never does."""
+    # The first format that loses nothing of the config, found by writing and reading it; OWN_TYPE never does.
     config = replace(config, zero_init=False)  # says how training began, not what the model is
     # Transformers' GPT-2 and Llama want heads that divide the width, whatever head_dim is.
     types = PARTS if config.n_embd % config.n_head == 0 else ("mistral", "qwen3", OWN_TYPE)
@@ -1880,7 +1876,6 @@ def model_type_of(config):
 
 
 def to_hf_config(config, model_type):
-    """What config.json says of the model."""
     hf = {hf_name: getattr(config, name) for name, hf_name in NAMES[model_type].items()}
     if model_type == "gpt2":
         hf |= {"activation_function": "gelu_new", "scale_attn_weights": True, "add_cross_attention": False,
@@ -1899,8 +1894,8 @@ def to_hf_config(config, model_type):
 
 
 def from_hf_config(hf, model_type, path="config.json"):
-    """The GPTConfig that a config.json, completed by Transformers, stands for. Raises UserError for a value that
-    `to_hf_config` would write differently: a part that our model does not have."""
+    """The GPTConfig that a config.json, completed by Transformers, stands for. Raises UserError."""
+    # A value that `to_hf_config` would write differently is a part that our model does not have.
     values = {name: hf[hf_name] for name, hf_name in NAMES[model_type].items() if hf_name in hf} | PARTS[model_type]
     values["rope_theta"] = (hf.get("rope_parameters") or hf).get("rope_theta", 10000.0)
     values["window"] = values.get("window") or 0
@@ -1915,7 +1910,7 @@ def from_hf_config(hf, model_type, path="config.json"):
 
 def model_folder(name_or_folder):
     """A model's folder: of a run's folder the newest checkpoint, of a name on the hub a copy. Raises UserError."""
-    folder = [follow(name_or_folder), *list_checkpoints(name_or_folder).values()][-1]
+    folder = follow(name_or_folder)
     if (folder / "config.json").exists():
         return folder
     if folder.exists():
@@ -1930,7 +1925,6 @@ def model_folder(name_or_folder):
 
 
 def read_json(path):
-    """The object in a model folder's file. Raises UserError."""
     if not path.exists():
         raise UserError(f"{path}: not there")
     with explaining(f"{path}: not JSON", but=OSError):  # what cannot be read now is not damaged
@@ -1967,8 +1961,9 @@ def read_model(folder):
 
 
 def hf_tensors(model, model_type):
-    """Yields (name, tensor) as Transformers has them. The tensors are views of our parameters: without padding rows,
-    GPT-2's matrices transposed, Llama's parts apart, a tied head left out."""
+    """Yields (name, tensor) as Transformers has them."""
+    # The tensors are views of our parameters: without padding rows, GPT-2's matrices transposed, Llama's parts apart, a
+    # tied head left out.
     for name, p in model.named_parameters():
         tensor = p.detach()
         if name in ("wte.weight", "lm_head.weight"):
@@ -1988,7 +1983,6 @@ def hf_tensors(model, model_type):
 
 
 def open_model(name_or_folder, **overrides):
-    """A model and its tokenizer."""
     folder = model_folder(name_or_folder)
     model = GPT.from_pretrained(folder, **overrides)
     name = read_json(folder / "config.json").get("tokenizer")
@@ -2111,9 +2105,7 @@ def plot(argv):
     from matplotlib.figure import Figure
     has_gpt2s_data, points = False, {}  # {(folder, kind, name): [(step, number)]}
     for folder in flags.out_dir:
-        path = Path(folder, "log.jsonl")
-        path.open().close()  # a missing one ends it, and is named
-        for line in read_log(path):
+        for line in read_log(Path(folder, "log.jsonl")):
             has_gpt2s_data |= line.get("tokenizer") == "gpt2" and "fineweb" in str(line.get("data"))
             for name in ("loss", "bpb", "acc_norm"):
                 if line.get(name) is not None:
@@ -2128,11 +2120,9 @@ def plot(argv):
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (kind, name, label, gpt2) in zip(axes, panels):
         for i, folder in enumerate(flags.out_dir):
-            if name == "loss":
-                curve = np.array(points.get((folder, "train", name), [])).reshape(-1, 2)
-                axis.plot(*curve.T, color=f"C{i}", alpha=0.3, lw=0.8)
-            curve = np.array(points.get((folder, kind, name), [])).reshape(-1, 2)
-            axis.plot(*curve.T, "o-", color=f"C{i}", label=folder)
+            if (folder, "train", name) in points:
+                axis.plot(*zip(*points[folder, "train", name]), color=f"C{i}", alpha=0.3, lw=0.8)
+            axis.plot(*zip(*points.get((folder, kind, name), [(0, math.nan)])), "o-", color=f"C{i}", label=folder)
         if gpt2:
             axis.axhline(gpt2, ls="--", color="gray", label="OpenAI's GPT-2 124M")
         axis.set(xlabel="step", ylabel=label)
