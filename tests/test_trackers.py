@@ -1,4 +1,5 @@
 """Weights & Biases, TensorBoard and plots, read back from what was written."""
+import html
 import json
 import re
 import struct
@@ -18,9 +19,10 @@ pytest.importorskip("matplotlib")
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory, small_shards):
     """A run of 6 steps with both trackers, resumed to 8."""
-    out_dir = tmp_path_factory.mktemp("tracked") / "log"
+    out_dir = tmp_path_factory.mktemp("tracked") / "log_of_mine"
     offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    flags = ["--wandb", "test-project", "--tensorboard", "--data", small_shards, "--checkpoint_every", 3, "--out_dir", out_dir]
+    flags = ["--wandb", "test-project", "--tensorboard", "--data", small_shards, "--checkpoint_every", 3, "--sample_every", 3,
+             "--out_dir", out_dir]
     run("train_gpt2.py", *SMALL, *flags, env=offline)
     spawn("train_gpt2.py", "--resume", "--max_steps", 8, "--out_dir", out_dir, "--device", "cpu", env=offline).finish()
     return out_dir
@@ -44,16 +46,24 @@ def leveldb_log(data):
 
 def test_wandb_has_config_and_metrics_under_one_id(tracked):
     from wandb.proto import wandb_internal_pb2
-    ids, history, config = [], [], {}
+    ids, names, history, config = [], [], [], {}
     for path in sorted(tracked.glob("wandb/offline-run-*/run-*.wandb")):
         for data in leveldb_log(path.read_bytes()):
             record = wandb_internal_pb2.Record.FromString(data)
             if record.HasField("run"):
                 ids.append(record.run.run_id)
+                names.append(record.run.display_name)
                 config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
             if record.HasField("history"):
                 history.append({(item.key or item.nested_key[0]): json.loads(item.value_json) for item in record.history.item})
     assert len(set(ids)) == 1 and config["n_layer"] == 2 and config["total_batch_size"] == 512
+    assert set(names) == {"log_of_mine"} and config["chosen"]["dtype"] == "float32" and config["max_steps"] == 8
+    assert all(len(row.keys() - {"step", "_step", "_timestamp", "_runtime"}) > 0 for row in history)  # none is empty
+    samples = {row["step"]: row["sample"] for row in history if "sample" in row}
+    pages = [path.read_bytes().decode() for path in tracked.glob("wandb/offline-run-*/files/media/html/*")]
+    texts = {line["step"]: line["text"] for line in log_lines(tracked, "sample")}
+    assert samples.keys() == texts.keys() and len(texts) == 3
+    assert all(any(html.escape(text) in page for page in pages) for text in texts.values())
     losses = {row["step"]: row["train/loss"] for row in history if "train/loss" in row}
     assert losses == {line["step"]: line["loss"] for line in log_lines(tracked, "train")} and len(losses) == 8
     validated = {row["step"]: row["val/loss"] for row in history if "val/loss" in row}  # the resumed step's once more
@@ -67,6 +77,11 @@ def test_tensorboard_has_the_metrics(tracked):
     events.Reload()
     losses = {event.step: event.value for event in events.Scalars("train/loss")}
     assert losses == pytest.approx({line["step"]: line["loss"] for line in log_lines(tracked, "train")}, rel=1e-6)
+    texts = {event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors("sample/text_summary")}
+    assert {step: text.strip("`\n") for step, text in texts.items()} == \
+        {line["step"]: line["text"].strip("`\n") for line in log_lines(tracked, "sample")}
+    configs = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("config/text_summary")]
+    assert [json.loads(text.strip("`\n"))["max_steps"] for text in configs] == [6, 8]
     validated = {event.step for event in events.Scalars("val/perplexity")}
     assert validated == {line["step"] for line in log_lines(tracked, "val")} and len(log_lines(tracked, "val")) == 3
 
