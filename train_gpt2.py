@@ -280,9 +280,9 @@ def sdpa_in_float32(q, k, v, **options):
 
 def has_flash_attention(q):
     # Whether PyTorch's flash attention takes q (B, n_head, T, head_dim).
-    is_half = compute_dtype(q) in (torch.bfloat16, torch.float16)
-    fits = q.size(3) % 8 == 0 and q.size(3) <= 192  # up to 256, but on some chips not in the backward pass
-    return is_half and fits and q.device.type == "cuda" and torch.cuda.get_device_properties(q.device).major >= 8
+    # Its kernels go up to 256 channels a head, but on some chips not in the backward pass.
+    fits = compute_dtype(q) in (torch.bfloat16, torch.float16) and q.size(3) % 8 == 0 and q.size(3) <= 192
+    return fits and q.device.type == "cuda" and torch.cuda.get_device_properties(q.device).major >= 8
 
 
 def compute_dtype(x):
@@ -319,8 +319,7 @@ class WindowAttention(nn.Module):
         if T <= N:
             return first
         if T % N:
-            padding = (0, 0, 0, -T % N)
-            q, k, v = F.pad(q, padding), F.pad(k, padding), F.pad(v, padding)
+            q, k, v = F.pad(q, (0, 0, 0, -T % N)), F.pad(k, (0, 0, 0, -T % N)), F.pad(v, (0, 0, 0, -T % N))
         q = q[:, :, N:].unflatten(2, (-1, N)).transpose(1, 2).flatten(0, 1)  # (B * blocks, n_head, N, head_dim)
         pairs = [x.unfold(2, 2 * N, N).permute(0, 2, 1, 4, 3).flatten(0, 1) for x in (k, v)]  # a block and that before
         rest = sdpa(q, *pairs, attn_mask=self.mask, dropout_p=dropout)
@@ -1307,8 +1306,11 @@ def model_to_train(run):
     # costs another small all-reduce a step, so a GPU does it only where bits are promised.
     warnings.filterwarnings("ignore", "find_unused_parameters")
     keeps_buckets = system.deterministic or world.device_type == "cpu"
-    return nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True, broadcast_buffers=False,
-                                               find_unused_parameters=keeps_buckets)
+    ddp = nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True,
+                                              find_unused_parameters=keeps_buckets)
+    # Not an argument: PyTorch 2.13 warns of it, and its new name is none that 2.11 knows.
+    ddp.broadcast_buffers = False  # rotary tables and masks never change
+    return ddp
 
 
 def print_summary(run):
