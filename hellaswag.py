@@ -42,6 +42,8 @@ STYLES = ("completion", "harness")
 
 # -----------------------------------------------------------------------------
 # the data
+# Every example is checked when it is read, before a model is opened: a score over a file that is damaged in line 9,000
+# costs an hour and says nothing. The set is small (10,042 examples), so all of it is held in memory, on every rank.
 
 def check_example(example):
     """The example with its label as an int. Raises ValueError if it is not one."""
@@ -171,6 +173,10 @@ def make_item(example, encode, style, block_size, packed):
 
 # -----------------------------------------------------------------------------
 # scoring with our own GPT, or one of Transformers' models
+# Four texts an example, and of each only the losses of the ending: the context is read once for the four (see above),
+# and the head sees no token but those that predict. Both change no loss by more than its rounding, which is tried on
+# each model of Transformers before its score counts. Its key-value cache would do the same for the context, but not for
+# every architecture; a recurrent state or a convolution gets its four texts one by one.
 
 def is_ours(model):
     return hasattr(model, "hidden_states")
@@ -301,6 +307,8 @@ def evaluate(model, examples, encode, style="completion", device=None, progress=
 
 # -----------------------------------------------------------------------------
 # device and dtype, also of train_gpt2.py
+# They are chosen here because this file imports nothing of the training script, which imports it. A CPU's bfloat16 is
+# timed, not looked up: many chips have the instructions and still multiply float32 faster.
 
 def pick_device(name):
     """auto, cpu, cuda, cuda:N or mps -> cpu, mps or cuda:N, the process's own under torchrun. Raises UserError."""
@@ -388,6 +396,7 @@ def peak_memory(device_type):
 
 # -----------------------------------------------------------------------------
 # the command line
+# Models are opened by Transformers, also for train_gpt2.py, which copies them into its own GPT.
 
 @dataclass
 class Flags:
@@ -412,7 +421,9 @@ def load_causal_lm(name, config=None, dtype=torch.float32):
     """A Transformers model, and the names of the weights that its files hold beyond it. Raises UserError for weights
     that are missing or misshapen: Transformers makes them up at random."""
     from transformers import AutoModelForCausalLM, logging
-    logging.set_verbosity_error()  # its report of them is a table
+    # Why not let it raise by itself? It warns of missing weights in a table, and scores of made-up ones look like
+    # scores; of misshapen ones its error does not say the name.
+    logging.set_verbosity_error()
     model, loaded = AutoModelForCausalLM.from_pretrained(
         name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     for weight, found, expected in loaded["mismatched_keys"]:
@@ -420,16 +431,6 @@ def load_causal_lm(name, config=None, dtype=torch.float32):
     if loaded["missing_keys"]:
         raise UserError(f"{name}: its files lack weights, such as {min(loaded['missing_keys'])}")
     return model, loaded["unexpected_keys"]
-
-
-def runs(model):
-    """Whether it reads a text of two tokens."""
-    try:
-        with torch.no_grad():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device))
-        return True
-    except RuntimeError:
-        return False
 
 
 def open_model(name, style, dtype="float32", device="cpu"):
@@ -451,7 +452,9 @@ def open_model(name, style, dtype="float32", device="cpu"):
         # Why not cast the parameters? Some buffers must follow (GPT-1's mask, XGLM's positions) and some must not
         # (rotary tables): Transformers knows which, where it opens the model in its dtype.
         model = load_causal_lm(name, config, dtype)[0].to(device)
-        if not runs(model) and dtype != torch.float32:
+        try:
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device))
+        except RuntimeError:  # XLNet makes some parameters in float32, whatever is asked for
             print(f"{name}: scored in float32, for its layers do not run in {str(dtype)[6:]}")
             model = load_causal_lm(name, config)[0].to(device)
         tokenizer = AutoTokenizer.from_pretrained(name)

@@ -31,7 +31,7 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -651,13 +651,13 @@ class GPT(nn.Module):
         from safetensors.torch import save_file
         folder, model_type = Path(folder), model_type_of(self.config)
         folder.mkdir(parents=True, exist_ok=True)
-        hf = {"model_type": model_type, **to_hf_config(self.config, model_type)}
+        # The tokenizer is named also where there is none (null): by this key `read_model` knows a folder of ours.
+        hf = to_hf_config(self.config, model_type) | {"tokenizer": tokenizer and tokenizer.name}
         if model_type != OWN_TYPE:
             name = "GPT2LMHeadModel" if model_type == "gpt2" else f"{model_type.capitalize()}ForCausalLM"
             # Why no pad_token_id? Of the token that it names, here end-of-text, Transformers trains no embedding.
             hf |= {"architectures": [name], "bos_token_id": self.config.eot, "dtype": "float32"}
             hf |= self.hf_extras.get("config.json", {})
-        hf["tokenizer"] = tokenizer and tokenizer.name  # null, too: by it `read_model` knows our folders
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         for file, values in {**self.hf_extras, "config.json": hf}.items():
@@ -1838,6 +1838,12 @@ def flops_per_token(model):
 
 # -----------------------------------------------------------------------------
 # Transformers' formats
+# A checkpoint is a model folder of Transformers wherever it has the architecture: what serves, scores or fine-tunes
+# such folders takes ours as they are, and no converter can fall behind the model. PARTS and NAMES say what a format is,
+# hf_tensors how its weights are called, for writing and for reading; a mixture of parts that no format has is OWN_TYPE.
+# Models of others are opened by Transformers itself, then copied by the same names. To read their safetensors here was
+# no shorter, and knew neither .bin files nor a head that is wrongly said to be tied. It costs an import of four seconds
+# on two cores, so folders that this script wrote are read directly: sampling and resuming need no Transformers.
 
 GPT2_NAMES = dict(n_layer="n_layer", n_head="n_head", n_embd="n_embd", n_hidden="n_inner", block_size="n_positions",
                   vocab_size="vocab_size", eot="eos_token_id", norm_eps="layer_norm_epsilon", dropout="resid_pdrop",
@@ -1859,9 +1865,9 @@ NAMES = {  # model_type: the other fields' names in config.json
     OWN_TYPE: {flag.name: flag.name for flag in fields(GPTConfig)},
 }
 LLAMA_MODULES = {  # Mistral's and Qwen3's too; they keep apart what c_attn has in one matrix
-    "wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head", "ln_1": "input_layernorm",
-    "ln_2": "post_attention_layernorm", "attn.c_attn": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-    "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm", "attn.c_proj": "self_attn.o_proj",
+    "wte": "model.embed_tokens", "ln_f": "model.norm", "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm",
+    "attn.c_attn": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "attn.c_proj": "self_attn.o_proj",
+    "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
     "mlp.c_gate": "mlp.gate_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj",
 }
 
@@ -1869,16 +1875,15 @@ LLAMA_MODULES = {  # Mistral's and Qwen3's too; they keep apart what c_attn has 
 def model_type_of(config):
     # The first format that loses nothing of the config, found by writing and reading it; OWN_TYPE never does.
     config = replace(config, zero_init=False)  # says how training began, not what the model is
-    # Transformers' GPT-2 and Llama want heads that divide the width, whatever head_dim is.
-    types = PARTS if config.n_embd % config.n_head == 0 else ("mistral", "qwen3", OWN_TYPE)
-    for model_type in types:
+    # Transformers' GPT-2 and Llama want heads that divide the width, whatever head_dim is; no flag makes others.
+    for model_type in PARTS if config.n_embd % config.n_head == 0 else ("mistral", "qwen3", OWN_TYPE):
         has_parts = all(getattr(config, name) == value for name, value in PARTS[model_type].items())
-        if has_parts and from_hf_config(to_hf_config(config, model_type), model_type) == config:
+        if has_parts and from_hf_config(to_hf_config(config, model_type)) == config:
             return model_type
 
 
 def to_hf_config(config, model_type):
-    hf = {hf_name: getattr(config, name) for name, hf_name in NAMES[model_type].items()}
+    hf = {"model_type": model_type} | {hf: getattr(config, name) for name, hf in NAMES[model_type].items()}
     if model_type == "gpt2":
         hf |= {"activation_function": "gelu_new", "scale_attn_weights": True, "add_cross_attention": False,
                "scale_attn_by_inverse_layer_idx": False, "n_ctx": config.block_size,  # n_ctx is for llama.cpp
@@ -1895,14 +1900,16 @@ def to_hf_config(config, model_type):
     return hf
 
 
-def from_hf_config(hf, model_type, path="config.json"):
-    """The GPTConfig that a config.json, completed by Transformers, stands for. Raises UserError."""
-    # A value that `to_hf_config` would write differently is a part that our model does not have.
+def from_hf_config(hf, path="config.json"):
+    """The GPTConfig that a config.json, completed by Transformers, stands for. Raises UserError for other parts."""
+    model_type = hf["model_type"]
     values = {name: hf[hf_name] for name, hf_name in NAMES[model_type].items() if hf_name in hf} | PARTS[model_type]
     values["rope_theta"] = (hf.get("rope_parameters") or hf).get("rope_theta", 10000.0)
     values["window"] = values.get("window") or 0
     values["eot"], *_ = *np.ravel(values["eot"]).tolist(), None  # a number, a list, or null
     config = GPTConfig(**values)
+    # Why not a list of what is supported? What `to_hf_config` would not write as it stands is a part that our model
+    # does not have: scaled rotations, biases in places, another activation. One formula each would be a second truth.
     may_differ = ("rope_theta", "n_inner", "n_ctx", "eos_token_id", "max_window_layers", "embd_pdrop", "attn_pdrop")
     for name, value in to_hf_config(config, model_type).items():
         if name not in may_differ and hf.get(name, value) not in (value, "gelu_pytorch_tanh"):  # gelu_new's other name
@@ -1912,18 +1919,18 @@ def from_hf_config(hf, model_type, path="config.json"):
 
 def model_folder(name_or_folder):
     """A model's folder: of a run's folder the newest checkpoint, of a name on the hub a copy. Raises UserError."""
-    folder = follow(name_or_folder)
-    if (folder / "config.json").exists():
-        return folder
-    if folder.exists():
-        raise UserError(f"{folder}: no model is here (a model folder holds config.json and model.safetensors)")
+    path = follow(name_or_folder)
+    if (path / "config.json").exists():
+        return path
+    if path.exists():
+        raise UserError(f"{path}: no model is here (a model folder holds config.json and model.safetensors)")
     from huggingface_hub import snapshot_download
-    download = partial(snapshot_download, str(folder))
-    with explaining(f"{folder}: no such folder, and the Hugging Face hub gave no such model"):
-        path = Path(download(allow_patterns=["*.json", "model*.safetensors", "merges.txt"]))
-        if not list(path.glob("model*.safetensors")):
-            download(allow_patterns="pytorch_model*.bin")
-    return path
+    with explaining(f"{path}: no such folder, and the Hugging Face hub gave no such model"):
+        folder = Path(snapshot_download(str(path), allow_patterns=["*.json", "model*.safetensors", "merges.txt"]))
+        # Why not both kinds at once? Most repositories hold the same weights in both.
+        if not list(folder.glob("model*.safetensors")):
+            snapshot_download(str(path), allow_patterns="pytorch_model*.bin")
+    return folder
 
 
 def read_json(path):
@@ -1935,6 +1942,9 @@ def read_json(path):
 
 def read_model(folder):
     """config.json (dict), GPTConfig and weights ({name: tensor}, without a tied head) of a folder. Raises UserError."""
+    # A folder is ours if its config.json names a tokenizer, unless Transformers has saved it again: it adds its version,
+    # keeps the rest, and may have changed the weights' dtype, files or number. train_state.pt would not tell these two
+    # apart, and is not beside a model alone.
     path = folder / "config.json"
     hf = read_json(path)
     model_type = hf.get("model_type")
@@ -1945,27 +1955,29 @@ def read_model(folder):
         raise UserError(f"{path}: {min(unknown)} = {hf[min(unknown)]!r} is a part that this script does not have")
     if model_type == OWN_TYPE or "tokenizer" in hf and "transformers_version" not in hf:
         from safetensors.torch import load_file
-        config, path = from_hf_config(hf, model_type, path), folder / "model.safetensors"
+        config, path = from_hf_config(hf, path), folder / "model.safetensors"
         if not path.exists():
             raise UserError(f"{path}: not there")
         with explaining(f"{path}: not a whole safetensors file", "take another copy", but=(OSError, MemoryError)):
             return hf, config, load_file(path)
     import transformers
+    # The config is read alone before the weights: a large model that this class does not have is refused at once.
     transformers.logging.disable_progress_bar()
     with explaining(f"{folder}: Transformers cannot open it", but=UserError):
         hf = transformers.AutoConfig.from_pretrained(folder).to_dict()  # fills in what the file leaves out
-        config = from_hf_config(hf, model_type, path)
+        config = from_hf_config(hf, path)
         model, unexpected = hellaswag.load_causal_lm(str(folder))
-    weights = model.state_dict() | {name: None for name in unexpected if "masked_bias" not in name}  # in old files
+    # Old GPT-2 files hold causal masks beside the weights, of which Transformers 5.0 does not know any more.
+    weights = model.state_dict() | {name: None for name in unexpected if not re.search(r"\.attn\.(masked_)?bias$", name)}
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         del weights["lm_head.weight"]
     return hf, config, weights
 
 
 def hf_tensors(model, model_type):
-    """Yields (name, tensor) as Transformers has them."""
-    # The tensors are views of our parameters: without padding rows, GPT-2's matrices transposed, Llama's parts apart, a
-    # tied head left out.
+    """Yields (name, tensor) as Transformers has them: views of our parameters, for writing as for reading."""
+    # Without padding rows, which are for this machine's matmuls and no part of the vocabulary; GPT-2's matrices are
+    # transposed, Llama's q, k and v are apart, a tied head is left out.
     for name, p in model.named_parameters():
         tensor = p.detach()
         if name in ("wte.weight", "lm_head.weight"):
@@ -1985,6 +1997,8 @@ def hf_tensors(model, model_type):
 
 
 def open_model(name_or_folder, **overrides):
+    # A name in config.json goes before the files, which take Transformers to open, where the vocabulary has its size:
+    # another program may have added tokens. Of the files counts what they do: many folders hold GPT-2's vocabulary.
     folder = model_folder(name_or_folder)
     model = GPT.from_pretrained(folder, **overrides)
     name = read_json(folder / "config.json").get("tokenizer")
