@@ -430,7 +430,9 @@ def load_causal_lm(name, config=None, dtype=torch.float32):
         raise UserError(f"{name}: {weight} has shape {[*found]}, by config.json {[*expected]}")
     if loaded["missing_keys"]:
         raise UserError(f"{name}: its files lack weights, such as {min(loaded['missing_keys'])}")
-    return model, loaded["unexpected_keys"]
+    # Old GPT-2 files, OpenAI's too, hold causal masks beside the weights, which not every version knows to leave out.
+    masks = (".attn.bias", ".attn.masked_bias")
+    return model, [weight for weight in loaded["unexpected_keys"] if not weight.endswith(masks)]
 
 
 def open_model(name, style, dtype="float32", device="cpu"):

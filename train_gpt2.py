@@ -1556,8 +1556,9 @@ def follow(path):
     path = Path(path)
     if path.is_file() and path.stat().st_size < 100:
         return path.parent / path.read_text().strip()
-    if (path / "latest").exists():
-        return follow(path / "latest")
+    checkpoints = list(list_checkpoints(path).values())
+    if checkpoints:
+        return follow(path / "latest") if (path / "latest").exists() else checkpoints[-1]
     return path.resolve() if path.is_symlink() else path
 
 
@@ -1942,9 +1943,9 @@ def read_json(path):
 
 def read_model(folder):
     """config.json (dict), GPTConfig and weights ({name: tensor}, without a tied head) of a folder. Raises UserError."""
-    # A folder is ours if its config.json names a tokenizer, unless Transformers has saved it again: it adds its version,
-    # keeps the rest, and may have changed the weights' dtype, files or number. train_state.pt would not tell these two
-    # apart, and is not beside a model alone.
+    # A folder is ours if its config.json names a tokenizer, unless Transformers has saved it again: it adds its
+    # version, keeps the rest, and may have changed the weights' dtype, files or number. train_state.pt would not tell
+    # these two apart, and is not beside a model alone.
     path = folder / "config.json"
     hf = read_json(path)
     model_type = hf.get("model_type")
@@ -1967,8 +1968,7 @@ def read_model(folder):
         hf = transformers.AutoConfig.from_pretrained(folder).to_dict()  # fills in what the file leaves out
         config = from_hf_config(hf, path)
         model, unexpected = hellaswag.load_causal_lm(str(folder))
-    # Old GPT-2 files hold causal masks beside the weights, of which Transformers 5.0 does not know any more.
-    weights = model.state_dict() | {name: None for name in unexpected if not re.search(r"\.attn\.(masked_)?bias$", name)}
+    weights = model.state_dict() | dict.fromkeys(unexpected)  # which `from_pretrained` refuses by name
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         del weights["lm_head.weight"]
     return hf, config, weights
