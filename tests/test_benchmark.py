@@ -169,6 +169,19 @@ def test_without_a_gpu_it_is_one_line():
     assert not done.stdout
 
 
+def test_a_small_card_is_one_for_the_search_and_for_the_allocator(monkeypatch):
+    limits = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (120 * 2**30, 128 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2**30)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    with gpu.small_card(16):
+        assert torch.cuda.mem_get_info() == (14 * 2**30, 16 * 2**30)
+        torch.cuda.set_per_process_memory_fraction(0.5)
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert [limit * 128 for limit in limits] == [15, 8, 15]  # GiB
+    assert torch.cuda.mem_get_info()[1] == 128 * 2**30
+
+
 def sizes_command(monkeypatch, capsys, *flags):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "sizes", *map(str, flags)])
     benchmark.main()

@@ -159,16 +159,14 @@ def small_card(gib):
     if not gib:
         yield
         return
-    total = torch.cuda.mem_get_info()[1]
-    context = total - torch.cuda.mem_get_info()[0]
-    fraction = gib * 2**30 / total
+    ratio = gib * 2**30 / torch.cuda.mem_get_info()[1]
     set_fraction = torch.cuda.set_per_process_memory_fraction
 
     def mem_get_info(device=None):
         return (gib - 1) * 2**30 - torch.cuda.memory_reserved(), gib * 2**30
 
-    def set_small_fraction(share, device=None):
-        set_fraction(min(share, (gib - 1) / gib) * fraction)
+    def set_small_fraction(fraction, device=None):
+        set_fraction(min(fraction, (gib - 1) / gib) * ratio)
 
     set_small_fraction(1.0)
     with mock.patch.object(torch.cuda, "mem_get_info", mem_get_info), \
@@ -349,7 +347,8 @@ SIZES = dict(shape=GPT2, modern_shape=MODERN_GPT2, gpu_batch=64, compiled=True, 
 TINY_SHAPE = dict(n_layer=1, n_head=2, n_embd=32, block_size=32)
 TINY = dict(  # for a rehearsal on any machine
     dtype="bfloat16", steps=1, compiled=False, gpu_batch=2, shape=TINY_SHAPE,
-    modern_shape=TINY_SHAPE | dict(rope=True, qk_norm=True), lengths=(9, 10), windows=(4,), characters=200_000, examples=8, long=64, card_gib=0, run_steps=4,
+    modern_shape=TINY_SHAPE | dict(rope=True, qk_norm=True), lengths=(9, 10), windows=(4,), characters=200_000,
+    examples=8, long=64, card_gib=0, run_steps=4,
     run_flags=TINY_SHAPE | dict(total_batch_size=256, batch_size=4, eval_tokens=64, compile=False, dtype="float32"))
 
 

@@ -83,7 +83,8 @@ def step(preset, args):
 
 def learns(preset, args):
     row = run_row(args, f"learns_{preset}", preset=preset, data=args.folder / "shards", tokenizer=None,
-                  max_steps=args.run_steps, eval_every=args.run_steps // 2, total_batch_size=128 * args.shape["block_size"])
+                  max_steps=args.run_steps, eval_every=args.run_steps // 2,
+                  total_batch_size=128 * args.shape["block_size"])
     yield make_table(f"{args.run_steps} steps of {preset} on the machine's own text", [row])
 
 
@@ -91,7 +92,7 @@ def long(window, args):
     """A window saves time and memory where the text is long. window: whether there is one."""
     window = args.long // 16 if window else 0
     row = run_row(args, f"long_{window}", **gpu.long_flags(args, window))
-    yield make_table(f"T={args.long}, {f'a window of {window}' if window else 'no window'}", [row])
+    yield make_table(f"T={args.long}, window {window or 'off'}", [row])
 
 
 def run_flags(args, **flags):

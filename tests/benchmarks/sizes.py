@@ -1,7 +1,7 @@
 """How many tokens less the modern recipe needs than GPT-2's, at three sizes, each at its best learning rate.
 
-A run is a line in a file of results, so that what is cut off goes on from there; a failed one has a val_loss of null, and
-is tried again where its line is deleted."""
+A run is a line in a file of results, so that what is cut off goes on from there; a failed one has a val_loss of null,
+and is tried again where its line is deleted."""
 import json
 import os
 import statistics
