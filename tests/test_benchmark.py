@@ -39,8 +39,8 @@ def test_a_piece_runs_to_its_end(piece, small_shards, tmp_path, monkeypatch):
     def measured(function, **arguments):
         return shared.measured(function, arguments)
 
-    def run(command, **how):  # not this test's own runner in it
-        return subprocess.CompletedProcess(command, 0, stdout="9 skipped")
+    def no_tests(flags):  # not this test's own runner in it
+        return ["9 skipped"]
 
     @contextlib.contextmanager
     def shards(args):
@@ -52,7 +52,7 @@ def test_a_piece_runs_to_its_end(piece, small_shards, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "limit", no_tables)  # is of one size
     monkeypatch.setattr(gpu, "TEXT_FOLDERS", [ROOT / "tests"])
     if piece == 1:
-        monkeypatch.setattr(gpu.subprocess, "run", run)
+        monkeypatch.setattr(gpu, "cuda_tests", no_tests)
     if piece == 6:
         monkeypatch.setattr(gpu, "machine_shards", shards)
     process = multiprocessing.get_context("fork").Process(target=run_piece, args=(piece, tmp_path / "tables.json"))
@@ -112,14 +112,14 @@ def test_the_quick_pass_runs_to_its_end_past_what_hangs_and_dies(monkeypatch, ca
     def shards(folder, characters, examples):
         (folder / "shards").symlink_to(small_shards)
 
-    def no_tests(flags):
+    def no_tests(flags, seconds):
         return ["9 skipped"]
 
     monkeypatch.setattr(gpu, "isolated", measured)
     monkeypatch.setattr(gpu, "make_machine_shards", shards)
     monkeypatch.setattr(gpu, "cuda_tests", no_tests)
     injected = [quick.Piece("it hangs", hangs, 2), quick.Piece("it dies", dies, 600), quick.Piece("it fails", fails, 600)]
-    stages = [[replace(piece, seconds=600) for piece in stage] for stage in quick.STAGES]
+    stages = [[replace(piece, seconds=600) for piece in stage] for stage in quick.STAGES]  # 70 minutes: none to spare
     tables = quick_pass(monkeypatch, capsys, [injected, *stages], minutes=60)
     missed = {row["piece"]: row["why"] for row in tables.pop("What was not reached")}
     assert missed.pop("it hangs").startswith("killed after")
@@ -159,6 +159,21 @@ def test_the_quick_pass_names_a_missing_package(module, name, monkeypatch, capsy
         quick_pass(monkeypatch, capsys, quick.STAGES, minutes=7)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and not out and err == f"error: packages are missing: pip install {name}\n"
+
+
+@pytest.mark.parametrize("last", ["pass", "os.kill(os.getpid(), 9)"])
+def test_what_the_cuda_tests_say(last, monkeypatch, tmp_path):
+    """Also where they are killed before their end."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_cuda.py").write_text(
+        f"import os\ndef test_a(): pass\ndef test_b(): raise ValueError('no such chip')\ndef test_c(): {last}\n")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    failed, *_, said = gpu.cuda_tests(["-p", "no:cacheprovider"])
+    assert "test_b" in failed and "FAILED" in failed
+    if last == "pass":
+        assert "no such chip" in failed and said.startswith("1 failed, 2 passed in")
+    else:
+        assert said == "1 passed, the rest was killed after 480 s"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

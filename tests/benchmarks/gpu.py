@@ -272,10 +272,12 @@ def cuda_tests(flags, seconds=480):
     lines = []
     for line in process.stdout:
         print(line, end="", file=sys.stderr, flush=True)
-        lines.append(line.strip())
+        lines.append(line.strip("= \n"))
     timer.cancel()
-    process.wait()
-    return [line for line in lines if line.startswith(("FAILED ", "ERROR "))] + lines[-1:]
+    if process.wait() >= 0:
+        return [line for line in lines if line.startswith(("FAILED ", "ERROR "))] + lines[-1:]
+    passed = sum("PASSED" in line for line in lines)
+    return [line for line in lines if "FAILED" in line] + [f"{passed} passed, the rest was killed after {seconds} s"]
 
 
 def gpu_gpt2(args):

