@@ -156,7 +156,7 @@ def quick_pass(args, started):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that no piece stays behind
     tables = [write(None, make_table("The machine", [machine_row(args.device)]))]
     ends = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         args.folder = Path(folder)
         for i, stage in enumerate(STAGES):
             later = sum(max(piece.seconds for piece in stage) for stage in STAGES[i + 1:])
@@ -258,7 +258,7 @@ class Process:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.kill()
-        self.process.join()
+        self.process.join(5)  # one that is stuck in the driver does not end
 
 
 def work(function, args, sender):
