@@ -22,15 +22,15 @@ import io
 import itertools
 import json
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import pickle
+import queue
 import re
 import shlex
 import shutil
 import signal
 import sys
-import tempfile
-import threading
 import time
 
 import numpy as np
@@ -826,29 +826,78 @@ class HubDataset:
 # tokenizing: groups of texts go to worker processes and come back in order
 
 CHARS_PER_TASK = 1 << 17
-worker_tokenizer = None  # in a worker process
 
 
-def start_worker(path):
-    global worker_tokenizer
-    with open(path, "rb") as f:
-        worker_tokenizer = pickle.load(f)  # a tenth of the time that making it takes
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-
-    def leave_with_the_parent():  # which may be killed without a chance to tell
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    threading.Thread(target=leave_with_the_parent, daemon=True).start()
+@contextlib.contextmanager
+def without_ctrl_c():
+    """Lets Ctrl-C wait. Processes and threads that start meanwhile never get it, so that this one alone handles it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def tokenize(texts):
-    """In a worker process: [(whether it begins a document, text)] -> (the tokens of all, a uint16 array; the number of
-    tokens of each; bytes of text, in UTF-8)."""
+class Worker:
+    """A process that tokenizes, started by the constructor, and this side's end of the pipe between the two."""
+
+    def __init__(self, context, tokenizer):
+        self.tokenizer = tokenizer  # pickled; sent before the first texts
+        self.connection, other_end = context.Pipe()
+        self.process = context.Process(target=serve, args=(self.connection, other_end), daemon=True)
+        self.process.start()
+        other_end.close()  # it is the process's alone now, so that the pipe ends when the process does
+
+    def tokenize(self, texts):
+        """What tokenize makes of the texts, in the process. Raises UserError, also if the process is gone."""
+        try:
+            if self.tokenizer:
+                self.connection.send_bytes(self.tokenizer)
+                self.tokenizer = None
+            self.connection.send(texts)
+            answer = self.connection.recv()
+        except (OSError, EOFError):
+            self.process.join()
+            raise UserError(self.why_it_ended()) from None
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    def why_it_ended(self):
+        if self.process.exitcode < 0:  # by a signal
+            return ("a worker process died, perhaps for lack of memory; the same command continues, also with fewer "
+                    "--workers")
+        return ("a worker process failed, see its message above; a script of your own that calls fineweb.build must do "
+                'so under if __name__ == "__main__":')
+
+    def stop(self):
+        self.process.kill()
+        self.process.join()
+
+
+def serve(parents_end, connection):
+    """What a worker process does: receives the tokenizer, then answers each list of texts with what tokenize makes of
+    it or with its UserError, until the parent closes its end, or dies."""
+    parents_end.close()  # this process's copy
+    with contextlib.suppress(OSError, EOFError):
+        tokenizer = connection.recv()
+        while True:
+            texts = connection.recv()
+            try:
+                answer = tokenize(tokenizer, texts)
+            except UserError as error:
+                answer = error
+            connection.send(answer)
+
+
+def tokenize(tokenizer, texts):
+    """[(whether it begins a document, text)] -> (the tokens of all, a uint16 array; the number of tokens of each; bytes
+    of text, in UTF-8)."""
     arrays, counts = [], []
-    end_of_text = np.array([worker_tokenizer.eot], dtype="<u2")
+    end_of_text = np.array([tokenizer.eot], dtype="<u2")
     num_bytes = 0
     for begins_document, text in texts:
-        ids = worker_tokenizer.encode_array(text)
+        ids = tokenizer.encode_array(text)
         if begins_document:
             arrays.append(end_of_text)
         arrays.append(ids)
@@ -877,18 +926,28 @@ def tokenize_in_order(source, tokenizer, end, workers, context):
     """Yields (places, the fraction of the source that was read by then, the future of what tokenize returns for their
     texts) in the source's order. Begins with the text in which a shard ended: `end` is its entry in the manifest."""
     context = multiprocessing.get_context(context)
+    multiprocessing.resource_tracker.ensure_running()  # begun by the first worker, it would end `without_ctrl_c`
     waiting = collections.deque()
-    with (tempfile.NamedTemporaryFile() as file,
-          concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (file.name,)) as pool):
-        pickle.dump(tokenizer, file)  # more than a pipe holds: a worker killed before it reads one is never noticed
-        file.flush()
-        for places, texts in group_texts(source.texts(Place(*end["place"]), end["state"])):
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in a worker that starts, until it ignores it
-            try:
-                future = pool.submit(tokenize, texts)
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            waiting.append((places, source.fraction(), future))
+    idle = queue.SimpleQueue()  # workers
+    pickled = pickle.dumps(tokenizer)  # to unpickle takes a tenth of the time that making one does
+
+    def tokenize_in_worker(texts):  # in a thread of this process
+        worker = idle.get()
+        try:
+            return worker.tokenize(texts)
+        finally:
+            idle.put(worker)
+
+    with contextlib.ExitStack() as stack:
+        threads = concurrent.futures.ThreadPoolExecutor(workers)  # one for each worker, so that one is always idle
+        stack.callback(threads.shutdown, cancel_futures=True)
+        for number, (places, texts) in enumerate(group_texts(source.texts(Place(*end["place"]), end["state"]))):
+            with without_ctrl_c():
+                if number < workers:  # a short source needs but one
+                    worker = Worker(context, pickled)
+                    stack.callback(worker.stop)
+                    idle.put(worker)
+                waiting.append((places, source.fraction(), threads.submit(tokenize_in_worker, texts)))
             if len(waiting) >= 8 * workers:  # enough to keep them busy while a shard is flushed
                 yield waiting.popleft()
         yield from waiting
@@ -1076,6 +1135,7 @@ def build(config, context="spawn"):
             raise UserError(f"{config.out}: another process has just written into it; try again")
         if has_copy:
             tokenizer.save_pretrained(os.path.join(config.out, "tokenizer"))
+        tqdm.tqdm.monitor_interval = 0  # its thread would get the Ctrl-C that is to wait, see without_ctrl_c
         bar = tqdm.tqdm(desc=f"continuing after {len(shards)} shards" if shards else None, total=expected, unit="tok",
                         unit_scale=True, initial=writer.num_tokens, mininterval=0.1 if sys.stderr.isatty() else 10)
         started = time.time()
@@ -1083,9 +1143,6 @@ def build(config, context="spawn"):
         try:
             with bar:
                 num_bytes = write_shards(source, writer, tokenizer, config.workers, context, bar)
-        except concurrent.futures.BrokenExecutor:
-            raise UserError("a worker process died, perhaps for lack of memory; the same command continues, "
-                            "also with fewer --workers") from None
         except OSError as error:
             where = error.filename or config.out
             raise UserError(f"{where}: {error.strerror or error}; {len(shards)} {kept}") from None

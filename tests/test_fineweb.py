@@ -789,7 +789,7 @@ def test_ctrl_c_says_how_to_continue(corpus, tmp_path, moment):
         os.kill(pid, signal.SIGINT)
     error = process.finish(expect=130)[1]
     assert "complete shards are kept, the same command continues" in error
-    assert "Traceback" not in error
+    assert "Traceback" not in error, error
     wait_until_gone(workers)
     assert not any(name.startswith(".") for name in os.listdir(tmp_path / "out"))
     run(*args, "--out", tmp_path / "out")
@@ -815,6 +815,72 @@ def test_a_worker_that_dies_while_it_starts(corpus, tmp_path):
         os.kill(pid, signal.SIGKILL)
     error = process.finish(expect=2, timeout=20)[1]
     assert "error: a worker process died" in error and "Traceback" not in error
+
+
+def build_and_tell(out, path, said):
+    try:
+        build(out, path, shard_size=200_000)
+    except UserError as error:
+        said.write_text(str(error))
+
+
+def state_of(pid):
+    """R: it runs. S: it waits. Z: it has ended. T: it is stopped."""
+    with contextlib.suppress(OSError):
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0]
+    return "Z"
+
+
+def test_a_worker_killed_at_any_moment_ends_the_build(tmp_path):
+    """Also while it writes a result that is longer than a pipe holds, which the parent can then never read to its end:
+    at first where the parent is stopped until the worker cannot write any more, then at moments all over the work."""
+    (tmp_path / "book.txt").write_text("\n".join(make_documents(4000, seed=8)))
+    for number, moment in enumerate(["its pipe is full"] * 2 + [0.03 * i for i in range(8)]):
+        said = tmp_path / f"said{number}"
+        process = multiprocessing.get_context("fork").Process(
+            target=build_and_tell, args=(tmp_path / f"out{number}", tmp_path / "book.txt", said))
+        process.start()
+        try:
+            while process.is_alive() and not children(process.pid):
+                time.sleep(0.001)
+            if moment == "its pipe is full":
+                time.sleep(0.2)
+                os.kill(process.pid, signal.SIGSTOP)
+                worker = children(process.pid)[number % 2]
+                waited = 0
+                while waited < 50:  # 50 ms in a row: it does not only wait for a core
+                    waited = waited + 1 if state_of(worker) == "S" else 0
+                    time.sleep(0.001)
+            else:
+                time.sleep(moment)
+                worker = children(process.pid)[-1]
+            os.kill(worker, signal.SIGKILL)
+            os.kill(process.pid, signal.SIGCONT)
+            process.join(20)
+            assert process.exitcode == 0, f"it hangs: worker killed at {moment}"
+        finally:
+            for pid in [*children(process.pid), process.pid]:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            process.join()
+        assert said.read_text().startswith("a worker process died, perhaps for lack of memory; the same command")
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_a_script_of_your_own_calls_build(guard, tmp_path):
+    """Without a main guard the worker processes begin the script anew, which is no lack of memory."""
+    (tmp_path / "a.txt").write_text("some words " * 2000)
+    (tmp_path / "own.py").write_text(f"""if {"__name__ == '__main__'" if guard else 1}:
+        import sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import fineweb
+        fineweb.build(fineweb.Config(files=({str(tmp_path / "a.txt")!r},), out={str(tmp_path / "out")!r}, workers=1))""")
+    done = subprocess.run([sys.executable, tmp_path / "own.py"], capture_output=True, text=True, timeout=60)
+    if guard:
+        assert done.returncode == 0 and done.stderr.count("Traceback") == 0, done.stderr
+    else:
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 1 and "memory" not in last and "must do so under if __name__" in last
 
 
 def test_other_settings_are_refused(tmp_path):
