@@ -626,16 +626,21 @@ def read_csv(file, path, field):
         raise UserError(f"{path}: row {row + 2}: {problem}") from None
 
 
-def read_parquet(file, path, field):
+def read_parquet(file, path, field, first=0):
+    """From the row group that holds the row `first` on."""
     from pyarrow import parquet
     table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # else a row group is read whole
     names = table.schema_arrow.names
     if field not in names + [column.path for column in table.schema]:
         find_text(dict.fromkeys(names), field, f"{path}: row 1")  # raises
-    num_bytes = sum(table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups))
+    groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+    num_bytes = sum(group.total_byte_size for group in groups)
     batch_size = 64 if num_bytes < 1e5 * table.metadata.num_rows else 1  # memory is for large rows, too
     row = 0
-    for batch in table.iter_batches(batch_size, columns=[field]):
+    while groups and row + groups[0].num_rows <= first:
+        row += groups.pop(0).num_rows
+    rest = range(table.num_row_groups - len(groups), table.num_row_groups)
+    for batch in table.iter_batches(batch_size, row_groups=rest, columns=[field]):
         yield from enumerate(batch.to_pylist(), row)
         row += len(batch)
 
@@ -755,8 +760,9 @@ class LocalFiles:
 
 
 class HubDataset:
-    """The documents of a data set that Hugging Face `datasets` opens, as of one file. When streaming, a state lets
-    `datasets` find the row without reading the files before its own."""
+    """The documents of a data set that Hugging Face `datasets` opens, as of one file. When streaming, a state leads to
+    the row without reading the files before its own. Parquet is then read by `read_parquet`: that of `datasets` decodes
+    a file faster than it is wanted, and all of it waits in memory."""
 
     def __init__(self, config):
         self.config = config
@@ -764,15 +770,19 @@ class HubDataset:
         self.description = " ".join(filter(None, (config.dataset, config.name, config.split)))
         self.settings = {name: getattr(config, name) for name in ("dataset", "name", "split", "text_field")}
         self.row = 0  # the first that was not handed on
+        self.files = []  # the paths or URLs of Parquet files to stream; empty: `datasets` reads
 
     @functools.cached_property
     def data(self):
         import datasets
-        try:
-            data = datasets.load_dataset(self.config.dataset, self.config.name, split=self.config.split,
-                                         streaming=self.config.streaming)
-        except Exception as error:  # it raises nearly every kind
-            raise UserError(f"{self.description}: cannot be opened: {one_line(error)}") from None
+        with explaining(f"{self.description}: cannot be opened"):
+            if not self.config.streaming:
+                data = datasets.load_dataset(self.config.dataset, self.config.name, split=self.config.split)
+            else:
+                builder = datasets.load_dataset_builder(self.config.dataset, self.config.name)
+                data = builder.as_streaming_dataset(self.config.split)
+                files = (builder.config.data_files or {}).get(self.config.split, [])
+                self.files = files if all(kind_of(file) == "parquet" for file in files) else []
         for name in (self.field, self.field.split(".")[0]):
             if name in (data.column_names or ()):  # some data sets do not tell before the first row
                 return data.select_columns([name]).with_format("arrow")
@@ -796,31 +806,52 @@ class HubDataset:
 
     def texts(self, first, state):
         """Yields (place, state, text) from the place `first` on, whose state is `state`."""
-        data = self.data
         self.row = first.row
-        state = state if self.config.streaming else None
-        if state:
-            data.load_state_dict(state["source"])
-            self.row = state["row"]
-        elif self.row:
-            data = data.skip(self.row)
-        elif self.config.streaming:
-            state = {"row": 0, "source": data.state_dict()}
         try:
-            for table in data.iter(256):
-                for row, record in enumerate(table.to_pylist(), self.row):
-                    for char, text in cut_document(find_text(record, self.field, f"{self.description}: row {row + 1}")):
-                        place = Place(0, row, char)
-                        if place >= first:
-                            yield place, state, text
-                self.row += len(table)
-                if state:
-                    state = {"row": self.row, "source": data.state_dict()}
+            for row, state, record in self.records(first.row, state if self.config.streaming else None):
+                self.row = row
+                for char, text in cut_document(find_text(record, self.field, f"{self.description}: row {row + 1}")):
+                    place = Place(0, row, char)
+                    if place >= first:
+                        yield place, state, text
         except UserError:
             raise
         except Exception as error:  # the network's and the file formats' many kinds
             raise UserError(f"{self.description}: reading failed after row {self.row}: {one_line(error)}; "
                             "the same command continues") from None
+
+    def records(self, first, state):
+        """Yields (row, its state, record) from the row `first` on, or from one before it."""
+        data = self.data
+        if self.files:
+            yield from self.parquet_records(first, state or {})
+            return
+        row = first
+        if state:
+            data.load_state_dict(state["source"])
+            row = state["row"]
+        elif first:
+            data = data.skip(first)
+        elif self.config.streaming:
+            state = {"row": 0, "source": data.state_dict()}
+        for table in data.iter(256):
+            for record in table.to_pylist():
+                yield row, state, record
+                row += 1
+            if state:
+                state = {"row": row, "source": data.state_dict()}
+
+    def parquet_records(self, first, state):
+        import fsspec
+        from pyarrow import parquet
+        start = state.get("row", 0) if "file" in state else 0  # the row of the data set with which a file begins
+        for file in range(state.get("file", 0), len(self.files)):
+            with fsspec.open(self.files[file], "rb") as stream:
+                num_rows = parquet.read_metadata(stream).num_rows
+                if start + num_rows > first:
+                    for row, record in read_parquet(stream, self.description, self.field, first - start):
+                        yield start + row, {"file": file, "row": start}, record
+            start += num_rows
 
 # -----------------------------------------------------------------------------
 # tokenizing: groups of texts go to worker processes and come back in order
