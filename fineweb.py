@@ -659,11 +659,13 @@ def kind_of(path):
 
 
 def expand(pattern):
-    """Yields the paths that match, as glob does, but visits a folder once, however many links lead to it."""
-    base, has_stars, rest = pattern.partition("**")
-    if not has_stars:
+    """Yields the paths that match, as glob does, but visits a folder once, however many links lead to it: glob alone
+    goes round in a link that leads upwards."""
+    stars = re.search(r"(?:^|(?<=/))\*\*(/+|$)", pattern)  # a whole component; within one they are two single stars
+    if not stars:
         yield from glob.iglob(pattern)
         return
+    base, rest = pattern[:stars.start()], pattern[stars.end():]
     seen = set()
     for top in glob.iglob(base or "."):
         for folder, names, _ in os.walk(top, followlinks=True):
@@ -672,8 +674,14 @@ def expand(pattern):
                 names.clear()
                 continue
             seen.add(os.path.realpath(folder))
-            inside = glob.escape(folder) if base else os.path.relpath(folder)
-            yield from expand(os.path.join(inside, rest.lstrip("/") or "*"))
+            inside = glob.escape(folder if base else os.path.relpath(folder))
+            yield from expand(os.path.join(inside, rest or "*"))
+
+
+def files_in(folder, out):
+    """The files of a known kind in a folder and those below it, but for the output folder."""
+    inside = filter(os.path.isfile, expand(os.path.join(glob.escape(folder), "**", "*")))
+    return [path for path in inside if kind_of(path) and not os.path.realpath(path).startswith(out)]
 
 
 class LocalFiles:
@@ -683,16 +691,25 @@ class LocalFiles:
         self.description = f"local files {' '.join(config.files)}"
         found = set()
         out = os.path.join(os.path.realpath(config.out), "")
+        ours = re.compile(re.escape(out) + r"(manifest\.json|tokenizer/.*|\.?edufineweb_[^/]*)")  # what a build writes
         for pattern in config.files:
             if os.path.isdir(pattern):
-                inside = expand(os.path.join(glob.escape(pattern), "**", "*"))
-                paths = [path for path in inside if kind_of(path) and not os.path.realpath(path).startswith(out)]
+                paths = files_in(pattern, out)
+            elif os.path.isfile(pattern):
+                paths = [pattern]
             else:
-                paths = [pattern] if os.path.isfile(pattern) else list(filter(os.path.isfile, expand(pattern)))
+                paths = []
+                for path in expand(pattern):
+                    if os.path.isfile(path):
+                        paths.append(path)
+                    elif kind_of(path):  # a folder named like a file: Spark's, of parts
+                        paths += files_in(path, out)
             if not paths:
                 problem = "holds no file of a known kind" if os.path.isdir(pattern) else "no such file"
                 raise UserError(f"{pattern}: {problem}")
-            found.update(paths)
+            found.update(path for path in paths if not ours.fullmatch(os.path.realpath(path)))
+        if not found:
+            raise UserError(f"--files: only what a build wrote into {config.out}; name the texts")
         files = {os.path.realpath(path): path for path in sorted(found, reverse=True)}
         self.paths = sorted(files.values())  # one path of each file
         for path in self.paths:

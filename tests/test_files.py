@@ -1,7 +1,9 @@
 """Files, folders and texts as users bring them: links, spellings, endless runs of one character, other programs' files."""
+import glob
 import gzip
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -67,6 +69,77 @@ def test_a_path_is_taken_as_it_stands_and_none_is_lost(tmp_path):
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed/a.zip").write_bytes(b"")
     assert f"{tmp_path / 'packed'}: holds no" in refused("--files", tmp_path / "packed", "--out", tmp_path / "no")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_patterns_mean_what_glob_means_by_them(seed, tmp_path, monkeypatch):
+    """In trees of folders whose names hold brackets, stars and dots."""
+    rng = np.random.default_rng(seed)
+    names = ["a", "d", "d1", "[old]", "x[1]", "s*r", "q?", ".hidden", "d**", "b c"]
+    folders = [tmp_path]
+    for name in rng.choice(names, 14):
+        folders.append(folders[rng.integers(len(folders))] / name)
+        folders[-1].mkdir(exist_ok=True)
+    for folder in folders:
+        for name in rng.choice(["one.txt", "[2].txt", "d.txt", "n.md"], 2):
+            (folder / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    for pattern in ["**/*.txt", "d**/*.txt", "**d/*.txt", "d**", "**", "*/**/*.txt", "**/d/**/*.txt", "**/**/one.txt",
+                    "**/[[]old]/*", "d/**", "./**/*.md", "**/[[]2].txt", "**//*.md", "d**/**/*.txt", "*/d**/*"]:
+        for start in ("", f"{tmp_path}/"):
+            ours = {os.path.realpath(path) for path in fineweb.expand(start + pattern) if os.path.isfile(path)}
+            theirs = {os.path.realpath(path) for path in glob.glob(start + pattern, recursive=True) if os.path.isfile(path)}
+            assert ours == theirs, pattern
+
+
+def test_folders_with_brackets_in_a_pattern(tmp_path):
+    for i, name in enumerate(["plain", "with [brackets]", "d1/deeper"]):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "text.txt").write_text(f"The text of {name}.\n" * 20)
+    for pattern, number in (("**/*.txt", 3), ("d**/*.txt", 0), ("d**/*/*.txt", 1), ("**[[]*/*.txt", 1)):
+        command = ["--files", pattern, "--out", f"out{pattern.replace('/', '')}", "--workers", 1]
+        if number:
+            out, _ = run("fineweb.py", *command, cwd=tmp_path)
+            assert out.startswith(f"{number} documents"), pattern
+        else:
+            assert f"{pattern}: no such file" in train_refused("fineweb.py", *command, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["**/*.json", "**/*", "shards/*", "**", "listed", "**/*.txt"])
+def test_a_pattern_that_matches_the_output(pattern, tmp_path):
+    """The same command continues, and is complete when it is: with a tokenizer's files there, too. Texts of the user's
+    in the folder of the output are read."""
+    save_llama2_tokenizer(tmp_path / "tok", ["some", "text"])
+    here = tmp_path / "here"
+    (here / "shards").mkdir(parents=True)
+    (here / "shards/a.json").write_text(json.dumps([{"text": "some text"}] * 2000))
+    (here / "shards/b.txt").write_text("some text " * 500)
+
+    def command():  # as a shell lists the files
+        listed = sorted(str(path.relative_to(here)) for path in (here / "shards").rglob("*.json"))
+        return ["--files", *(listed if pattern == "listed" else [pattern]), "--out", "shards", "--shard_size", 1000,
+                "--workers", 1, "--tokenizer", tmp_path / "tok"]
+    first, _ = run("fineweb.py", *command(), cwd=here)
+    (here / "shards/edufineweb_train_000001.npy").unlink()
+    for remark in (" MB/s", "complete already"):
+        again, _ = run("fineweb.py", *command(), cwd=here)
+        assert again.split(" shards")[0] == first.split(" shards")[0] and remark in again
+    only_ours = ["--files", "shards/manifest.json", "--out", "shards"]
+    assert "only what a build wrote into shards" in train_refused("fineweb.py", *only_ours, cwd=here)
+
+
+@pytest.mark.parametrize("files", ["texts", "texts/*", "texts/*.parquet", "texts/corpus.parquet", "**/*.parquet", "."])
+def test_a_folder_named_like_a_file(files, tmp_path):
+    """As Spark writes them: its parts are meant."""
+    folder = tmp_path / "texts/corpus.parquet"
+    folder.mkdir(parents=True)
+    for i in range(2):
+        parquet.write_table(pa.table({"text": [f"text {i}"] * 20}), folder / f"part-0000{i}.snappy.parquet")
+    (folder / "_SUCCESS").touch()
+    (folder / ".part-00000.snappy.parquet.crc").write_bytes(b"crc")
+    out, _ = run("fineweb.py", "--files", files, "--out", "shards", "--workers", 1, cwd=tmp_path)
+    assert out.startswith("40 documents")
+    assert np.array_equal(tokens_of(tmp_path / "shards"), expected_stream(["text 0"] * 20 + ["text 1"] * 20))
 
 
 def test_the_home_folder_in_a_flag(tmp_path, monkeypatch):
