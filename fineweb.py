@@ -58,8 +58,21 @@ def parse_flags(config_class, argv, prog, description):
     home = os.path.expanduser("~")
     argv = [re.sub(r"^(--[\w-]+=)?~/", rf"\g<1>{home}/", word) for word in argv]  # as --out=~/x, which no shell expands
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(sys.stderr if is_first else nowhere):
-        return tyro.cli(config_class, args=argv, prog=prog, description=description, use_underscores=True,
-                        console_outputs=is_first, config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone))
+        config = tyro.cli(config_class, args=argv, prog=prog, description=description, use_underscores=True,
+                          console_outputs=is_first, config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone))
+    refuse_empty(config)
+    return config
+
+
+def refuse_empty(config):
+    """Raises UserError for an empty string, which --out "$DIR" leaves where no DIR is set: it would mean "not given", or
+    this folder. Only a prompt may be empty."""
+    for name, value in vars(config).items():
+        if dataclasses.is_dataclass(value):
+            refuse_empty(value)
+        elif name != "prompt" and (value == "" or isinstance(value, tuple) and "" in value):
+            raise UserError(f"--{name}: empty, as a variable that is not set leaves it; give a value, or leave the flag "
+                            "out")
 
 
 def one_line(error):
@@ -79,27 +92,66 @@ def explaining(problem, remedy="", but=(), kind=UserError):
         raise kind(f"{problem} ({one_line(error)}){ending}") from None
 
 
-def run_cli(main):
-    """Runs main(argv) as the program: a UserError becomes one line on stderr and its exit code, Ctrl-C gives 130."""
-    for stream in (sys.stdout, sys.stderr):
+class Stream:
+    """Standard output or error where a failed write, as to a log file on a full disk, ends no work. `but`: the kinds of
+    OSError that are raised all the same."""
+
+    def __init__(self, stream, but=()):
+        self.stream = open(os.devnull, "w") if stream is None else stream  # a shell closed it, as in 2>&-
+        self.but = but
+        self.error = None  # the first that was not raised
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what a terminal cannot show must not end the program
-    try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output went away, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (Exception, SystemExit) as error:
-        message = message_for_user(error)
-        if "RANK" in os.environ:
-            give_way(message is not None or isinstance(error, SystemExit))
-        if message is None:
+
+    def attempt(self, function, *args):
+        try:
+            function(*args)
+        except self.but:
             raise
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 2))
+        except OSError as error:
+            self.error = self.error or error
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def drop_unwritten(self):
+        """At the program's end, where Python would try again and make an exit code of its own of the failure."""
+        try:
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def run_cli(main):
+    """Runs main(argv) as the program: a UserError becomes one line on stderr and its exit code, Ctrl-C gives 130."""
+    output, errors = Stream(sys.stdout, but=BrokenPipeError), Stream(sys.stderr)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            main(sys.argv[1:])
+            output.flush()
+            if output.error:
+                raise RunFailed(f"the work is done, but standard output could not be written ({output.error.strerror})")
+        except BrokenPipeError:  # the reader of our output went away, as in `... | head`
+            sys.exit(1)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except (Exception, SystemExit) as error:
+            message = message_for_user(error)
+            if "RANK" in os.environ:
+                give_way(message is not None or isinstance(error, SystemExit))
+            if message is None:
+                raise
+            print(f"error: {message}", file=sys.stderr)
+            sys.exit(getattr(error, "exit_code", 2))
+        finally:
+            output.drop_unwritten()
+            errors.drop_unwritten()
 
 
 def message_for_user(error):
@@ -304,6 +356,9 @@ class FolderTokenizer:
         self.tokenizer.save_pretrained(folder)
 
 
+BUILT_IN = ("gpt2", "byte")  # these words alone: ./gpt2 and gpt2/ are folders
+
+
 def get_tokenizer(name):
     """`name`: "gpt2", "byte", or a folder with Transformers tokenizer files. The result has name, eot (the id of
     end-of-text), vocab_size, encode(text) -> list of ids, decode(ids) -> str with invalid UTF-8 replaced, token_bytes()
@@ -488,6 +543,13 @@ BYTES_PER_TOKEN = 4.5  # of English text in GPT-2's vocabulary; for estimates be
 Place = collections.namedtuple("Place", "file row char")  # where in a source a text begins, all counted from 0
 
 
+def usable_cores():
+    """As many as taskset, Slurm or a container leave to this process."""
+    if hasattr(os, "sched_getaffinity"):  # not on a Mac
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @dataclasses.dataclass
 class Config:
     files: tuple[str, ...] = ()  # local files or folders: .txt and .md (a document each), .jsonl, .csv, .parquet, ...
@@ -500,13 +562,15 @@ class Config:
     out: str = DEFAULT_OUT  # folder for the shards
     shard_size: int = 100_000_000  # tokens in a shard, two bytes of memory each
     max_tokens: int | None = None  # stop after this many tokens
-    workers: int = os.cpu_count() or 1  # processes that tokenize
+    workers: int = usable_cores()  # processes that tokenize
     verify: str | None = None  # check every shard of this folder against its manifest, and do nothing else
 
     def __post_init__(self):
         if self.name is None and self.dataset == Config.dataset:
             self.name = "sample-10BT"
-        self.tokenizer = os.path.normpath(self.tokenizer)
+        if self.tokenizer not in ("", *BUILT_IN):
+            folder = os.path.normpath(self.tokenizer)  # one name for a folder, with a slash after it or without
+            self.tokenizer = os.path.join(".", folder) if folder in BUILT_IN else folder
         for name in ("shard_size", "max_tokens", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -1018,7 +1082,9 @@ class ShardWriter:
         self.shards = manifest["shards"]
         self.num_tokens = sum(shard["tokens"] for shard in self.shards)  # written in all
         self.max_tokens = manifest["settings"]["max_tokens"] or sys.maxsize
-        self.buffer = np.empty(manifest["settings"]["shard_size"], dtype="<u2")  # the shard that is being filled
+        shard_size = manifest["settings"]["shard_size"]
+        with explaining(f"--shard_size {shard_size}: a shard is held in memory", "choose a smaller one"):
+            self.buffer = np.empty(shard_size, dtype="<u2")  # the shard that is being filled
         self.filled = 0
         beginning = {"place": [0, 0, 0], "tokens": 0, "state": None}
         self.end = self.shards[-1]["end"] if self.shards else beginning  # the last text, and how many tokens of it
@@ -1166,7 +1232,7 @@ def build(config, context="spawn"):
     before = own_manifest(config.out)
     manifest = open_folder(config.out, settings, source.description, tokenizer)
     shards = manifest["shards"]
-    has_copy = config.tokenizer not in ("gpt2", "byte")  # the shards are of no use without it
+    has_copy = config.tokenizer not in BUILT_IN  # the shards are of no use without it
     if shards and has_copy and not same_tokenizer(open_shard_tokenizer(config.out), tokenizer):
         raise UserError(f"{config.out} was made with a tokenizer that was in {config.tokenizer} before; "
                         "choose another --out, or delete that folder")

@@ -203,6 +203,46 @@ def test_a_reader_that_goes_away():
     assert piped.stdout.startswith("usage") and piped.stderr == ""
 
 
+@pytest.mark.parametrize("redirection, code, says", [
+    ("2> /dev/full", 0, ""), ("> /dev/full", 1, "error: the work is done, but standard output could not be written (No space"),
+    ("2>&-", 0, ""), (">&-", 0, ""), ("< /dev/null > /dev/full 2> /dev/full", 1, ""), ("<&- >&- 2>&-", 0, "")])
+def test_output_that_cannot_be_written_ends_no_work(redirection, code, says, tmp_path):
+    (tmp_path / "a.txt").write_text("some words " * 20_000)
+    command = f"{sys.executable} {ROOT / 'fineweb.py'} --files a.txt --out out --shard_size 5000 --workers 1 {redirection}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    lines = [line for line in re.split("[\r\n]", done.stderr) if "tok/s" not in line and line]
+    assert done.returncode == code and len(lines) == bool(says) and all(line.startswith(says) for line in lines), done
+    assert fineweb.read_manifest(tmp_path / "out")["complete"]
+
+
+@pytest.mark.parametrize("script, command", [
+    ("fineweb.py", ["--verify"]), ("fineweb.py", ["--out"]), ("fineweb.py", ["--files"]), ("fineweb.py", ["--dataset"]),
+    ("fineweb.py", ["--name"]), ("fineweb.py", ["--tokenizer"]), ("fineweb.py", ["--files", "a.txt"]),
+    ("train_gpt2.py", ["--resume_from"]), ("train_gpt2.py", ["--data"]), ("train_gpt2.py", ["--out_dir"]),
+    ("train_gpt2.py", ["--init_from"]), ("train_gpt2.py", ["--hellaswag_data"]), ("train_gpt2.py", ["--tokenizer"]),
+    ("train_gpt2.py", ["sample", "--checkpoint"]), ("train_gpt2.py", ["eval", "--checkpoint"]),
+    ("train_gpt2.py", ["eval", "--data"]), ("train_gpt2.py", ["plot", "--out_dir"]), ("train_gpt2.py", ["plot", "--output"]),
+    ("hellaswag.py", ["--model"]), ("hellaswag.py", ["--data"])])
+def test_an_empty_path_is_refused(script, command, tmp_path):
+    """As the shell leaves "$DIR" where no DIR is set; not taken for a flag that was not given, or for this folder."""
+    flag = next(word for word in reversed(command) if word.startswith("--"))
+    (tmp_path / "a.txt").write_text("some words")
+    line = conftest.refused(script, *command, "", cwd=tmp_path)
+    assert line.startswith(f"error: {flag}: empty") and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_an_empty_prompt_is_a_prompt():
+    @dataclasses.dataclass
+    class Text:
+        prompt: str = "x"  # text
+    assert fineweb.parse_flags(Text, ["--prompt", ""], "x.py", "").prompt == ""
+
+
+def test_workers_are_the_cores_that_are_left_to_the_process():
+    code = "import os, fineweb; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); print(fineweb.usable_cores())"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "1\n"
+
+
 def test_import_is_light():
     code = ("import sys, fineweb; print(set(sys.modules) & "
             "{'datasets', 'transformers', 'tokenizers', 'tiktoken', 'pyarrow', 'torch', 'tqdm', 'tyro'})")
@@ -349,6 +389,22 @@ def test_unknown_tokenizers(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="no Transformers tokenizer"):
         fineweb.get_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "byte"])
+def test_a_folder_with_a_built_in_tokenizers_name(name, tmp_path):
+    """Only the bare word is the built-in one."""
+    size = conftest.save_llama2_tokenizer(tmp_path / name, ["to", "be"])
+    (tmp_path / "a.txt").write_text("to be " * 200)
+    for i, (written, vocab_size) in enumerate([(f"./{name}", size), (f"{name}/", size), (str(tmp_path / name), size),
+                                               (f"../{tmp_path.name}/{name}", size),
+                                               (name, fineweb.get_tokenizer(name).vocab_size)]):
+        command = ["--files", "a.txt", "--out", f"out{i}", "--workers", 1, "--tokenizer", written]
+        run(*command, cwd=tmp_path)
+        manifest = fineweb.read_manifest(tmp_path / f"out{i}")
+        assert manifest["vocab_size"] == vocab_size and (manifest["tokenizer"] == name) == (written == name), written
+        assert os.path.isdir(tmp_path / f"out{i}/tokenizer") == (written != name)
+    run(*command[:3], "out0", *command[4:-1], f"{name}/", cwd=tmp_path)  # the same folder as ./name
 
 
 # -----------------------------------------------------------------------------
@@ -557,6 +613,11 @@ def test_refusals_of_the_command_line(tmp_path):
     assert "a.jsonl: row 2" in refused("--files", tmp_path / "a.jsonl", "--out", tmp_path / "out")
     assert "no such file" in refused("--files", tmp_path / "*.nothing", "--out", tmp_path / "out")
     assert "--shard_size" in refused("--shard_size", "0")
+    (tmp_path / "b.txt").write_text("some words")
+    for size in (10**14, 10**18, 10**30):  # bytes that no machine has
+        said = refused("--files", tmp_path / "b.txt", "--out", tmp_path / "large", "--shard_size", size)
+        assert f"--shard_size {size}: a shard is held in memory" in said
+    assert not os.path.exists(tmp_path / "large")
     assert "--dataset" in refused("--files", "a", "--dataset", "b")
     assert "--max_tokens" in refused("--max_tokens", "-1") and "--workers" in refused("--workers", "0")
     for flag in (["--name", "b"], ["--split", "b"], ["--no_streaming"]):
