@@ -241,7 +241,18 @@ def cut_long_runs(text):
     return [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
 
 
-class GPT2Tokenizer:
+class BuiltInTokenizer:
+    """What is true of both: the tokens on one side of a cut of `cut_document` do not depend on the other side."""
+
+    def can_cut(self, before, after):
+        return True
+
+    def encode_after(self, before, text):
+        """encode_array of a text whose document has `before` before it."""
+        return self.encode_array(text)
+
+
+class GPT2Tokenizer(BuiltInTokenizer):
     """OpenAI's GPT-2 vocabulary of 50,257 tokens, in tiktoken; see also `cut_long_runs`."""
     name = "gpt2"
     eot = 50256
@@ -276,7 +287,7 @@ class GPT2Tokenizer:
         save_byte_level_bpe(folder, models.BPE.from_file(ids, merges), use_regex=True)
 
 
-class ByteTokenizer:
+class ByteTokenizer(BuiltInTokenizer):
     """The 256 bytes of UTF-8, and end-of-text."""
     name = "byte"
     eot = 256
@@ -305,6 +316,26 @@ class ByteTokenizer:
         save_byte_level_bpe(folder, models.BPE(ids, merges=[]), use_regex=False)
 
 
+def with_hidden_tokens(tokenizer, hidden):
+    """A copy of a Transformers tokenizer with names for some tokens that no text holds. Unigram and WordLevel models
+    have special tokens among their pieces, where split_special_tokens does not keep a text from matching them."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    names = {token: f"\uffff{token}\uffff" for token in hidden}
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
+    else:  # Unigram's
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token"):
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    for token in content["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    content["post_processor"] = None  # it adds special tokens
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+
+
 class FolderTokenizer:
     """The tokenizer of a Transformers model folder. Special tokens in the text are text, and none are added."""
 
@@ -319,15 +350,32 @@ class FolderTokenizer:
         self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1  # len() counts no gaps
         if self.eot is None:
             raise UserError(f"{self.name}: no end-of-text token; set eos_token in tokenizer_config.json")
+        self.encoder = self.tokenizer
+        special = [token for token in self.tokenizer.all_special_tokens if len(token) > 1]  # one character is text
+        eos = self.tokenizer.eos_token
+        probe = " ".join(f"a{token} {token} {token}b" for token in [*special, eos])
+        if not set(self.encode(probe)).isdisjoint(self.tokenizer.convert_tokens_to_ids([*special, eos])):
+            with explaining(f"{self.name}: ordinary text holds its end-of-text token {eos!r}", "choose another eos_token"):
+                self.encoder = with_hidden_tokens(self.tokenizer, special)
+                assert self.eot not in self.encode(probe), "not only where it ends"
 
     def encode(self, text):
         text = without_lone_surrogates(text)
         try:
-            return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+            return self.encoder.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         except Exception as error:  # tokenizers' own kind: no token stands for unknown words
             raise UserError(f"{self.name}: a text cannot be tokenized ({one_line(error)})") from None
 
     encode_array = ByteTokenizer.encode_array
+
+    def can_cut(self, before, after):
+        """Whether the tokens of a text that goes on are those before the cut and others after it. Many a tokenizer
+        puts a space before any text, or has tokens of a full stop and the line's end: so it is tried."""
+        ids = self.encode(before)
+        return self.encode(before + after)[:len(ids)] == ids
+
+    def encode_after(self, before, text):
+        return self.encode_array(before + text)[len(self.encode(before)):]
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -335,6 +383,7 @@ class FolderTokenizer:
     def token_bytes(self):
         tokens = self.tokenizer.convert_ids_to_tokens(range(self.vocab_size))
         special = set(self.tokenizer.all_special_ids)
+        added = self.tokenizer.added_tokens_decoder  # as they stand in a text, also where the others' bytes have names
         decoder = json.dumps(json.loads(self.tokenizer.backend_tokenizer.to_str())["decoder"])
         is_byte_level = '"ByteLevel"' in decoder
         is_sentence_piece = "\\u2581" in decoder
@@ -344,7 +393,9 @@ class FolderTokenizer:
         for i, token in enumerate(tokens):
             if token is None or i in special:
                 continue
-            if is_byte_level or re.fullmatch("<0x..>", token):  # a character, or a name, for each byte
+            if i in added:
+                lengths[i] = len(token.encode("utf-8"))
+            elif is_byte_level or re.fullmatch("<0x..>", token):  # a character, or a name, for each byte
                 lengths[i] = len(token) if is_byte_level else 1
             elif is_sentence_piece:  # its mark of a space
                 lengths[i] = len(token.replace("\u2581", " ").encode("utf-8"))
@@ -402,6 +453,18 @@ def open_shard_tokenizer(folder):
     tokenizer = get_tokenizer(copy if os.path.isdir(copy) else name)
     tokenizer.name = name
     return tokenizer
+
+
+def save_copy(tokenizer, folder):
+    """Writes the copy for `open_shard_tokenizer` by a rename: whole or not at all. One without shards is replaced."""
+    copy, temporary = os.path.join(folder, "tokenizer"), os.path.join(folder, ".tokenizer.tmp")
+    for path in (temporary, copy):
+        shutil.rmtree(path, ignore_errors=True)
+    tokenizer.save_pretrained(temporary)
+    for name in os.listdir(temporary):
+        with open(os.path.join(temporary, name), "rb") as f:
+            os.fsync(f.fileno())
+    os.replace(temporary, copy)
 
 # -----------------------------------------------------------------------------
 # the shard format
@@ -629,26 +692,46 @@ def find_text(record, field, where):
 
 CHARS_PER_PIECE = 1 << 18  # a longer document is tokenized in pieces, so that one huge text file uses every core
 LONGEST_PIECE = 1 << 20
+CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
-def cut_document(document):
-    """Yields (start, text) for a string or a text stream, in pieces of about CHARS_PER_PIECE characters; at least one.
-    A cut stands before a space or newline that follows a non-space: no match of GPT-2's pattern reaches across, and
-    neither side's matches depend on the other, so its tokens are those of the uncut text. Where there is no such place
-    in LONGEST_PIECE characters, the cut is anywhere."""
+CHARS_BESIDE_CUT = 1000  # that a tokenizer sees to tell whether a cut changes tokens
+
+
+def last_cut(text, following, tokenizer):
+    """Where to cut: before the last space or newline that follows a non-space and where the tokenizer allows it, 0 for
+    nowhere. No match of GPT-2's pattern reaches across such a place, and neither side's matches depend on the other, so
+    its tokens are those of the uncut text."""
+    end = len(text)
+    for _ in range(100):
+        last = CUT.match(text, 0, end)
+        if last is None:
+            break
+        end = last.end()
+        after = text[end:end + CHARS_BESIDE_CUT] + following[:CHARS_BESIDE_CUT]
+        if tokenizer.can_cut(text[max(0, end - CHARS_BESIDE_CUT):end], after):
+            return end
+    return 0
+
+
+def cut_document(document, tokenizer):
+    """Yields (start, before, text) for a string or a text stream, in pieces of about CHARS_PER_PIECE characters; at
+    least one. `before`: what stands before a piece, None for the first. Where there is no place to cut in LONGEST_PIECE
+    characters, the cut is anywhere."""
     stream = io.StringIO(document, newline="") if isinstance(document, str) else document
     start = 0
+    before = None
     text = stream.read(CHARS_PER_PIECE)
     while following := stream.read(CHARS_PER_PIECE):
-        last = re.match(r".*\S(?=[ \n])", text, re.DOTALL)
-        cut = last.end() if last else 0
-        if last is None and len(text) >= LONGEST_PIECE:
+        cut = last_cut(text, following, tokenizer)
+        if not cut and len(text) >= LONGEST_PIECE:
             cut = len(text)
         if cut:
-            yield start, text[:cut]
+            yield start, before, text[:cut]
+            before = text[max(0, cut - CHARS_BESIDE_CUT):cut]
         start += cut
         text = text[cut:] + following
-    yield start, text
+    yield start, before, text
 
 
 # Readers of files: each yields (row, record), counted from 0. A record is a dict, or the bytes of one in JSON.
@@ -810,8 +893,8 @@ class LocalFiles:
         import pyarrow
         return io.BufferedReader(pyarrow.CompressedInputStream(self.raw, codec), 1 << 16)
 
-    def texts(self, first, state):
-        """Yields (place, None, text) from the place `first` on. A file that was left off is read from its beginning."""
+    def texts(self, first, state, tokenizer):
+        """Yields (place, None, before, text), see `cut_document`, from the place `first` on. A file that was left off is read from its beginning."""
         for file in range(first.file, len(self.paths)):
             self.file = file
             path = self.paths[file]
@@ -824,10 +907,11 @@ class LocalFiles:
                     for row, record in READERS[kind](stream, path, self.field):
                         if isinstance(record, bytes):
                             record = json.loads(record)
-                        for char, text in cut_document(find_text(record, self.field, f"{path}: row {row + 1}")):
+                        document = find_text(record, self.field, f"{path}: row {row + 1}")
+                        for char, before, text in cut_document(document, tokenizer):
                             place = Place(file, row, char)
                             if place >= first:
-                                yield place, None, text
+                                yield place, None, before, text
             except UnicodeDecodeError as error:
                 if kind == "parquet":
                     raise UserError(f"{path}: a text at or after row {row + 1} is not UTF-8; mend it there") from None
@@ -885,16 +969,17 @@ class HubDataset:
         """How much of the data set has been read, or None."""
         return self.row / self.info.num_examples if self.info and self.info.num_examples else None
 
-    def texts(self, first, state):
-        """Yields (place, state, text) from the place `first` on, whose state is `state`."""
+    def texts(self, first, state, tokenizer):
+        """Yields (place, state, before, text) from the place `first` on, whose state is `state`."""
         self.row = first.row
         try:
             for row, state, record in self.records(first.row, state if self.config.streaming else None):
                 self.row = row
-                for char, text in cut_document(find_text(record, self.field, f"{self.description}: row {row + 1}")):
+                document = find_text(record, self.field, f"{self.description}: row {row + 1}")
+                for char, before, text in cut_document(document, tokenizer):
                     place = Place(0, row, char)
                     if place >= first:
-                        yield place, state, text
+                        yield place, state, before, text
         except UserError:
             raise
         except Exception as error:  # the network's and the file formats' many kinds
@@ -1003,28 +1088,29 @@ def serve(parents_end, connection):
 
 
 def tokenize(tokenizer, texts):
-    """[(whether it begins a document, text)] -> (the tokens of all, a uint16 array; the number of tokens of each; bytes
+    """[(before, text)], see `cut_document` -> (the tokens of all, a uint16 array; the number of tokens of each; bytes
     of text, in UTF-8)."""
     arrays, counts = [], []
     end_of_text = np.array([tokenizer.eot], dtype="<u2")
     num_bytes = 0
-    for begins_document, text in texts:
-        ids = tokenizer.encode_array(text)
-        if begins_document:
-            arrays.append(end_of_text)
+    for before, text in texts:
+        if before is None:  # a document begins
+            ids = np.concatenate([end_of_text, tokenizer.encode_array(text)])
+        else:
+            ids = tokenizer.encode_after(before, text)
         arrays.append(ids)
-        counts.append(len(ids) + begins_document)
+        counts.append(len(ids))
         num_bytes += len(text.encode("utf-8", "surrogatepass"))
     return np.concatenate(arrays), counts, num_bytes
 
 
 def group_texts(items):
-    """Yields ([(place, state)], [(whether it begins a document, text)]), about CHARS_PER_TASK characters at a time."""
+    """Yields ([(place, state)], [(before, text)]), about CHARS_PER_TASK characters at a time."""
     places, texts = [], []
     size = 0
-    for place, state, text in items:
+    for place, state, before, text in items:
         places.append((place, state))
-        texts.append((place.char == 0, text))
+        texts.append((before, text))
         size += len(text) + 16  # empty documents take their time, too
         if size >= CHARS_PER_TASK:
             yield places, texts
@@ -1053,7 +1139,8 @@ def tokenize_in_order(source, tokenizer, end, workers, context):
     with contextlib.ExitStack() as stack:
         threads = concurrent.futures.ThreadPoolExecutor(workers)  # one for each worker, so that one is always idle
         stack.callback(threads.shutdown, cancel_futures=True)
-        for number, (places, texts) in enumerate(group_texts(source.texts(Place(*end["place"]), end["state"]))):
+        documents = source.texts(Place(*end["place"]), end["state"], tokenizer)
+        for number, (places, texts) in enumerate(group_texts(documents)):
             with without_ctrl_c():
                 if number < workers:  # a short source needs but one
                     worker = Worker(context, pickled)
@@ -1247,14 +1334,14 @@ def build(config, context="spawn"):
         if own_manifest(config.out) != before:
             os.close(lock)
             raise UserError(f"{config.out}: another process has just written into it; try again")
-        if has_copy:
-            tokenizer.save_pretrained(os.path.join(config.out, "tokenizer"))
         tqdm.tqdm.monitor_interval = 0  # its thread would get the Ctrl-C that is to wait, see without_ctrl_c
         bar = tqdm.tqdm(desc=f"continuing after {len(shards)} shards" if shards else None, total=expected, unit="tok",
                         unit_scale=True, initial=writer.num_tokens, mininterval=0.1 if sys.stderr.isatty() else 10)
         started = time.time()
         kept = "complete shards are kept, the same command continues"
         try:
+            if has_copy and not (shards and os.path.isdir(os.path.join(config.out, "tokenizer"))):  # it stays as it is
+                save_copy(tokenizer, config.out)
             with bar:
                 num_bytes = write_shards(source, writer, tokenizer, config.workers, context, bar)
         except OSError as error:

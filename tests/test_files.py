@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -263,7 +264,7 @@ def what_reading_takes(path):
         import fineweb
         files = fineweb.LocalFiles(fineweb.Config(files=(sys.argv[2],)))
         try:
-            print(sum(len(text) for _, _, text in files.texts(fineweb.Place(0, 0, 0), None)))
+            print(sum(len(text) for *_, text in files.texts(fineweb.Place(0, 0, 0), None, fineweb.ByteTokenizer())))
         except fineweb.UserError as error:
             print(error)
         print(int(next(l for l in open("/proc/self/status") if "VmHWM" in l).split()[1]) // 1024)
@@ -611,6 +612,132 @@ def test_token_bytes_where_spaces_are_between_tokens(kind, tmp_path):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids).strip() == text
     assert tokenizer.token_bytes()[ids].sum() == pytest.approx(len(text.encode()), rel=0.02)
+
+
+def save_tokenizer(kind, folder, text):
+    """One of those that people bring, trained on the text. Returns it as ours."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    special = ["<unk>", "<s>", "</s>"]
+    sizes = {"vocab_size": 600, "special_tokens": special}
+    if kind == "Unigram":
+        tokenizer, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(**sizes, unk_token="<unk>")
+    elif kind == "WordPiece":
+        tokenizer, trainer = Tokenizer(models.WordPiece(unk_token="<unk>")), trainers.WordPieceTrainer(**sizes)
+    elif kind == "WordLevel":
+        tokenizer, trainer = Tokenizer(models.WordLevel(unk_token="<unk>")), trainers.WordLevelTrainer(**sizes)
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        trainer = trainers.BpeTrainer(**sizes, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if kind in ("Unigram", "Metaspace first", "Metaspace always"):
+        scheme = "first" if kind == "Metaspace first" else "always"
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=scheme == "always")
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    elif kind == "Llama 2":
+        tokenizer.pre_tokenizer = None
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    elif kind in ("GPT-2", "add_prefix_space"):
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind != "GPT-2")
+        tokenizer.decoder = decoders.ByteLevel()
+    elif kind == "full stops with lines":  # as GPT-4's and Llama 3's pattern
+        pattern = Regex(r" ?\p{L}+| ?[^\s\p{L}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "isolated"),
+                                                           pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator([line for line in text.splitlines(True)] if kind != "full stops with lines" else [text], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return fineweb.get_tokenizer(str(folder))
+
+
+KINDS = ["Unigram", "WordPiece", "WordLevel", "Metaspace first", "Metaspace always", "Llama 2", "GPT-2", "add_prefix_space",
+         "full stops with lines"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_of_a_long_document_have_the_tokens_of_the_whole(kind, tmp_path, monkeypatch):
+    text = (ROOT / "input.txt").read_text()[:60_000].replace(".\n", ".\n\n")
+    tokenizer = save_tokenizer(kind, tmp_path / "tok", text)
+    monkeypatch.setattr(fineweb, "CHARS_PER_PIECE", 500)
+    pieces = list(fineweb.cut_document(text, tokenizer))
+    assert len(pieces) > 50 and "".join(piece for *_, piece in pieces) == text
+    tokens, counts, num_bytes = fineweb.tokenize(tokenizer, [(before, piece) for _, before, piece in pieces])
+    assert tokens.tolist() == [tokenizer.eot, *tokenizer.encode(text)]
+    assert sum(counts) == len(tokens) and num_bytes == len(text.encode())
+
+
+def test_a_long_document_of_a_folders_tokenizer(tmp_path):
+    text = (ROOT / "input.txt").read_text()[:600_000]
+    tokenizer = save_tokenizer("Unigram", tmp_path / "tok", text[:60_000])
+    (tmp_path / "a.txt").write_text(text)
+    run("fineweb.py", "--files", tmp_path / "a.txt", "--out", tmp_path / "shards", "--workers", 1, "--tokenizer", tmp_path / "tok")
+    assert tokens_of(tmp_path / "shards").tolist() == [tokenizer.eot, *tokenizer.encode(text)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_in_a_text_are_text(kind, tmp_path):
+    tokenizer = save_tokenizer(kind, tmp_path / "tok", (ROOT / "input.txt").read_text()[:30_000] + " </s> <s> / s > <" * 50)
+    texts = [f"the </s> end{i}</s> <s>and </s>" for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    out, _ = run("fineweb.py", "--files", tmp_path / "a.jsonl", "--out", tmp_path / "shards", "--workers", 1,
+                 "--tokenizer", tmp_path / "tok")
+    assert out.startswith("20 documents")
+    tokens = tokens_of(tmp_path / "shards")
+    special = tokenizer.tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    assert np.count_nonzero(tokens == tokenizer.eot) == 20 and np.isin(tokens, special).sum() == 20
+
+
+def test_an_end_of_text_token_that_is_ordinary_text_is_refused(tmp_path):
+    from transformers import AutoTokenizer
+    (tmp_path / "a.txt").write_text("to be . " * 50)
+    save_tokenizer("WordLevel", tmp_path / "tok", "to be . or not")
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "tok"))
+    tokenizer.eos_token = "."
+    tokenizer.save_pretrained(str(tmp_path / "tok"))
+    said = refused("--files", tmp_path / "a.txt", "--out", tmp_path / "no", "--tokenizer", tmp_path / "tok")
+    assert "tok: ordinary text holds its end-of-text token '.'" in said and "eos_token" in said
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "Metaspace first", "WordPiece"])
+def test_bytes_of_added_tokens_that_are_not_ascii(kind, tmp_path):
+    text = "to be naïve " + "日本語 🙂 na\u00efve " * 3 + "or not to be"
+    save_tokenizer(kind, tmp_path / "tok", (ROOT / "input.txt").read_text()[:30_000] + text)
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "tok"))
+    tokenizer.add_tokens(["日本語", "naïve", "🙂"])
+    tokenizer.save_pretrained(str(tmp_path / "tok"))
+    ours = fineweb.get_tokenizer(str(tmp_path / "tok"))
+    ids = ours.encode(text)
+    assert len(set(ids) & set(tokenizer.added_tokens_decoder)) == 3
+    dropped = len(" " * text.count(" ")) if kind != "GPT-2" else 1
+    assert abs(ours.token_bytes()[ids].sum() - len(text.encode())) <= dropped
+
+
+def test_the_copy_of_the_tokenizer_is_written_once(tmp_path, monkeypatch):
+    """Whole or not at all: a start that is killed while it writes leaves no shards that nothing opens."""
+    save_llama2_tokenizer(tmp_path / "tok", ["to", "be", "or", "not"])
+    (tmp_path / "a.txt").write_text("to be or not to be " * 500)
+    command = ["--files", tmp_path / "a.txt", "--out", tmp_path / "shards", "--workers", 1, "--shard_size", 500,
+               "--tokenizer", tmp_path / "tok"]
+    honest = fineweb.FolderTokenizer.save_pretrained
+
+    def killed(self, folder):
+        honest(self, folder)
+        (tmp_path / "shards" / Path(folder).name / "tokenizer.json").write_text('{"torn')
+        raise KeyboardInterrupt
+    monkeypatch.setattr(fineweb.FolderTokenizer, "save_pretrained", killed)
+    run("fineweb.py", *command, expect=130)
+    assert not (tmp_path / "shards/tokenizer").exists()
+    monkeypatch.undo()
+    run("fineweb.py", *command)
+    whole = tokens_of(tmp_path / "shards")
+    before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (tmp_path / "shards/tokenizer").iterdir()}
+    (tmp_path / "shards/edufineweb_train_000002.npy").unlink()
+    monkeypatch.setattr(fineweb.FolderTokenizer, "save_pretrained", killed)
+    run("fineweb.py", *command)
+    after = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (tmp_path / "shards/tokenizer").iterdir()}
+    assert before == after and np.array_equal(tokens_of(tmp_path / "shards"), whole)
+    assert not (tmp_path / "shards/.tokenizer.tmp").exists()
 
 
 def test_a_text_that_the_tokenizer_has_no_token_for(tmp_path):

@@ -536,7 +536,7 @@ def test_pieces_have_the_tokens_of_the_whole(monkeypatch):
     monkeypatch.setattr(fineweb, "CHARS_PER_PIECE", 7)
     tokenizer, rng, cuts = fineweb.get_tokenizer("gpt2"), random.Random(3), 0
     for text in HARD_TEXTS + [random_text(rng) for _ in range(300)] + make_documents(40):
-        parts = list(fineweb.cut_document(text))
+        parts = [(start, part) for start, _, part in fineweb.cut_document(text, tokenizer)]
         assert "".join(part for _, part in parts) == text and [i for i, _ in parts] == \
             [sum(len(part) for _, part in parts[:i]) for i in range(len(parts))]
         assert [t for _, part in parts for t in tokenizer.encode(part)] == tokenizer.encode(text)
@@ -641,7 +641,8 @@ def test_csv_files_of_many_blocks(tmp_path):
     assert os.path.getsize(tmp_path / "a.csv") > 2 << 24
     config = fineweb.Config(files=(str(tmp_path / "a.csv"),))
     read = [""] * len(texts)
-    for place, _, text in fineweb.LocalFiles(config).texts(fineweb.Place(0, 0, 0), None):
+    tokenizer = fineweb.get_tokenizer("gpt2")
+    for place, _, _, text in fineweb.LocalFiles(config).texts(fineweb.Place(0, 0, 0), None, tokenizer):
         assert place.char == len(read[place.row])
         read[place.row] += text
     assert read == texts
