@@ -65,14 +65,12 @@ def parse_flags(config_class, argv, prog, description):
 
 
 def refuse_empty(config):
-    """Raises UserError for an empty string, which --out "$DIR" leaves where no DIR is set: it would mean "not given", or
-    this folder. Only a prompt may be empty."""
+    """Raises UserError for an empty string, as --out "$DIR" is where no DIR is set. Only a prompt may be empty."""
     for name, value in vars(config).items():
         if dataclasses.is_dataclass(value):
             refuse_empty(value)
         elif name != "prompt" and (value == "" or isinstance(value, tuple) and "" in value):
-            raise UserError(f"--{name}: empty, as a variable that is not set leaves it; give a value, or leave the flag "
-                            "out")
+            raise UserError(f"--{name}: empty, as an unset variable leaves it; give a value, or leave the flag out")
 
 
 def one_line(error):
@@ -241,18 +239,7 @@ def cut_long_runs(text):
     return [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
 
 
-class BuiltInTokenizer:
-    """What is true of both: the tokens on one side of a cut of `cut_document` do not depend on the other side."""
-
-    def can_cut(self, before, after):
-        return True
-
-    def encode_after(self, before, text):
-        """encode_array of a text whose document has `before` before it."""
-        return self.encode_array(text)
-
-
-class GPT2Tokenizer(BuiltInTokenizer):
+class GPT2Tokenizer:
     """OpenAI's GPT-2 vocabulary of 50,257 tokens, in tiktoken; see also `cut_long_runs`."""
     name = "gpt2"
     eot = 50256
@@ -287,7 +274,7 @@ class GPT2Tokenizer(BuiltInTokenizer):
         save_byte_level_bpe(folder, models.BPE.from_file(ids, merges), use_regex=True)
 
 
-class ByteTokenizer(BuiltInTokenizer):
+class ByteTokenizer:
     """The 256 bytes of UTF-8, and end-of-text."""
     name = "byte"
     eot = 256
@@ -355,7 +342,8 @@ class FolderTokenizer:
         eos = self.tokenizer.eos_token
         probe = " ".join(f"a{token} {token} {token}b" for token in [*special, eos])
         if not set(self.encode(probe)).isdisjoint(self.tokenizer.convert_tokens_to_ids([*special, eos])):
-            with explaining(f"{self.name}: ordinary text holds its end-of-text token {eos!r}", "choose another eos_token"):
+            problem = f"{self.name}: ordinary text holds its end-of-text token {eos!r}"
+            with explaining(problem, "choose another eos_token"):
                 self.encoder = with_hidden_tokens(self.tokenizer, special)
                 assert self.eot not in self.encode(probe), "not only where it ends"
 
@@ -367,15 +355,6 @@ class FolderTokenizer:
             raise UserError(f"{self.name}: a text cannot be tokenized ({one_line(error)})") from None
 
     encode_array = ByteTokenizer.encode_array
-
-    def can_cut(self, before, after):
-        """Whether the tokens of a text that goes on are those before the cut and others after it. Many a tokenizer
-        puts a space before any text, or has tokens of a full stop and the line's end: so it is tried."""
-        ids = self.encode(before)
-        return self.encode(before + after)[:len(ids)] == ids
-
-    def encode_after(self, before, text):
-        return self.encode_array(before + text)[len(self.encode(before)):]
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -698,37 +677,40 @@ CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 CHARS_BESIDE_CUT = 1000  # that a tokenizer sees to tell whether a cut changes tokens
 
 
+# No match of GPT-2's pattern reaches from a non-space across a space or newline, and neither side's depend on the
+# other: a cut there changes nothing. Other tokenizers put a space before any text, or have a token of a full stop and
+# the line's end. So a cut is tried on the tokenizer at hand, and a piece is tokenized after what stands before it.
 def last_cut(text, following, tokenizer):
-    """Where to cut: before the last space or newline that follows a non-space and where the tokenizer allows it, 0 for
-    nowhere. No match of GPT-2's pattern reaches across such a place, and neither side's matches depend on the other, so
-    its tokens are those of the uncut text."""
+    """The last place in the text to cut that changes no token, 0 for none."""
     end = len(text)
     for _ in range(100):
         last = CUT.match(text, 0, end)
         if last is None:
             break
         end = last.end()
+        before = text[max(0, end - CHARS_BESIDE_CUT):end]
         after = text[end:end + CHARS_BESIDE_CUT] + following[:CHARS_BESIDE_CUT]
-        if tokenizer.can_cut(text[max(0, end - CHARS_BESIDE_CUT):end], after):
+        ids = tokenizer.encode(before)
+        if tokenizer.encode(before + after)[:len(ids)] == ids:
             return end
     return 0
 
 
 def cut_document(document, tokenizer):
     """Yields (start, before, text) for a string or a text stream, in pieces of about CHARS_PER_PIECE characters; at
-    least one. `before`: what stands before a piece, None for the first. Where there is no place to cut in LONGEST_PIECE
-    characters, the cut is anywhere."""
+    least one. `before`: what stands before the text, None at the beginning of the document."""
     stream = io.StringIO(document, newline="") if isinstance(document, str) else document
     start = 0
     before = None
     text = stream.read(CHARS_PER_PIECE)
     while following := stream.read(CHARS_PER_PIECE):
         cut = last_cut(text, following, tokenizer)
-        if not cut and len(text) >= LONGEST_PIECE:
+        next_before = text[max(0, cut - CHARS_BESIDE_CUT):cut]
+        if not cut and len(text) >= LONGEST_PIECE:  # anywhere: memory is bounded, tokens may change
             cut = len(text)
         if cut:
             yield start, before, text[:cut]
-            before = text[max(0, cut - CHARS_BESIDE_CUT):cut]
+            before = next_before
         start += cut
         text = text[cut:] + following
     yield start, before, text
@@ -869,6 +851,8 @@ class LocalFiles:
         self.sizes = [os.path.getsize(path) for path in self.paths]
         self.field = config.text_field
         self.settings = {"files": [list(pair) for pair in zip(self.paths, self.sizes)], "text_field": self.field}
+        # Rows may hold much else beside the text: a file of embeddings is no large text.
+        self.is_certain = all(READERS[kind_of(path)] is read_text for path in self.paths)  # of how much text there is
         self.file = 0  # which of them is being read
         self.raw = None  # this file, as it lies on the disk
 
@@ -894,7 +878,7 @@ class LocalFiles:
         return io.BufferedReader(pyarrow.CompressedInputStream(self.raw, codec), 1 << 16)
 
     def texts(self, first, state, tokenizer):
-        """Yields (place, None, before, text), see `cut_document`, from the place `first` on. A file that was left off is read from its beginning."""
+        """Yields (place, None, before, text) from the place `first` on. A file that was left off is read again."""
         for file in range(first.file, len(self.paths)):
             self.file = file
             path = self.paths[file]
@@ -935,6 +919,7 @@ class HubDataset:
         self.description = " ".join(filter(None, (config.dataset, config.name, config.split)))
         self.settings = {name: getattr(config, name) for name in ("dataset", "name", "split", "text_field")}
         self.row = 0  # the first that was not handed on
+        self.is_certain = re.search(r"\d+BT", config.name or "")  # FineWeb's samples tell their size in their names
         self.files = []  # the paths or URLs of Parquet files to stream; empty: `datasets` reads
 
     @functools.cached_property
@@ -960,9 +945,8 @@ class HubDataset:
 
     def expected_tokens(self):
         """An estimate, or None."""
-        named = re.search(r"(\d+)BT", self.config.name or "")  # FineWeb's samples tell their size in their names
-        if named:
-            return int(named[1]) * 1e9
+        if self.is_certain:
+            return int(re.search(r"(\d+)BT", self.config.name)[1]) * 1e9
         return self.info.num_bytes / BYTES_PER_TOKEN if self.info else None
 
     def fraction(self):
@@ -1055,17 +1039,14 @@ class Worker:
             answer = self.connection.recv()
         except (OSError, EOFError):
             self.process.join()
-            raise UserError(self.why_it_ended()) from None
+            if self.process.exitcode < 0:  # by a signal
+                raise UserError("a worker process died, perhaps for lack of memory; the same command continues, "
+                                "also with fewer --workers") from None
+            raise UserError("a worker process failed, see its message above; a script of your own that calls "
+                            "fineweb.build must do so under if __name__ == \"__main__\":") from None
         if isinstance(answer, UserError):
             raise answer
         return answer
-
-    def why_it_ended(self):
-        if self.process.exitcode < 0:  # by a signal
-            return ("a worker process died, perhaps for lack of memory; the same command continues, also with fewer "
-                    "--workers")
-        return ("a worker process failed, see its message above; a script of your own that calls fineweb.build must do "
-                'so under if __name__ == "__main__":')
 
     def stop(self):
         self.process.kill()
@@ -1097,7 +1078,7 @@ def tokenize(tokenizer, texts):
         if before is None:  # a document begins
             ids = np.concatenate([end_of_text, tokenizer.encode_array(text)])
         else:
-            ids = tokenizer.encode_after(before, text)
+            ids = tokenizer.encode_array(before + text)[len(tokenizer.encode(before)):]
         arrays.append(ids)
         counts.append(len(ids))
         num_bytes += len(text.encode("utf-8", "surrogatepass"))
@@ -1277,14 +1258,17 @@ def open_folder(folder, settings, description, tokenizer):
     return manifest
 
 
-def check_disk(folder, num_tokens):
-    """Refuses to start where so many more do not fit."""
+def check_disk(folder, num_tokens, is_certain):
+    """Refuses to start where so many more do not fit; warns where their number is a guess."""
     while not os.path.isdir(folder):  # it may be made later
         folder = os.path.dirname(os.path.abspath(folder))
     missing = 2 * num_tokens + (1 << 16) - shutil.disk_usage(folder).free
     if missing > 0:
-        raise UserError(f"{folder}: about {2 * num_tokens / 1e9:,.3f} GB more are needed and {missing / 1e9:,.3f} GB "
-                        "of that are missing; free some space, choose another --out or a smaller --max_tokens")
+        problem = (f"{folder}: about {2 * num_tokens / 1e9:,.3f} GB more are needed and {missing / 1e9:,.3f} GB "
+                   "of that are missing; free some space, choose another --out or a smaller --max_tokens")
+        if is_certain:
+            raise UserError(problem)
+        print(f"warning: {problem}", file=sys.stderr)
 
 
 def write_shards(source, writer, tokenizer, workers, context, bar):
@@ -1329,7 +1313,7 @@ def build(config, context="spawn"):
         expected = source.expected_tokens() or config.max_tokens
         if expected:
             expected = min(expected, writer.max_tokens)
-            check_disk(config.out, max(0, expected - writer.num_tokens))
+            check_disk(config.out, max(0, expected - writer.num_tokens), source.is_certain)
         lock = lock_folder(config.out)
         if own_manifest(config.out) != before:
             os.close(lock)

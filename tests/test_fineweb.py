@@ -989,14 +989,22 @@ def test_a_deleted_shard_is_made_again(tmp_path):
 # -----------------------------------------------------------------------------
 # disks
 
-def test_too_little_space_is_known_before(tmp_path, monkeypatch):
-    path = write_parquet(tmp_path / "a.parquet", make_documents(200))
+def test_too_little_space_is_known_before(tmp_path, monkeypatch, capfd):
+    """Refused where the text's size is known; where rows may hold other fields, a warning: the text may well fit."""
+    texts = make_documents(200)
+    (tmp_path / "a.txt").write_text("\n".join(texts))
     monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(UserError, match="GB more are needed and 0.*GB of that are missing.*--max_tokens"):
-        build(tmp_path / "out", path)
+        build(tmp_path / "out", tmp_path / "a.txt")
     assert not os.path.exists(tmp_path / "out")
     with pytest.raises(UserError, match="about 0.000 GB more"):  # the smaller of the file and --max_tokens counts
-        build(tmp_path / "out", path, max_tokens=1000)
+        build(tmp_path / "out", tmp_path / "a.txt", max_tokens=1000)
+    wide = [{"text": text, "vector": [0.1 * i] * 700} for i, text in enumerate(texts)]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wide))
+    build(tmp_path / "jsonl", tmp_path / "b.jsonl", workers=1)
+    build(tmp_path / "parquet", write_parquet(tmp_path / "c.parquet", texts), workers=1)
+    assert capfd.readouterr().err.count("warning: ") == 2
+    assert np.array_equal(stream(tmp_path / "jsonl"), stream(tmp_path / "parquet"))
 
 
 def test_a_disk_that_fills_up(tmp_path):
