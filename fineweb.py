@@ -49,6 +49,10 @@ class RunFailed(UserError):
 
 # -----------------------------------------------------------------------------
 # command lines (also of train_gpt2.py and hellaswag.py)
+#
+# A config dataclass is the one place for a flag, its default and its help. What the user can put right is a UserError,
+# one line and exit code 2; every other exception keeps its traceback, since it is ours. Output is no part of the work:
+# a full disk behind a log file must not end a run of days, so writing fails in silence until the end.
 
 def parse_flags(config_class, argv, prog, description):
     """An instance of a dataclass from a command line: its fields are the flags, their comments the help. Ends the
@@ -173,6 +177,10 @@ def give_way(is_users_error):
 
 # -----------------------------------------------------------------------------
 # tokenizers
+#
+# GPT-2's from OpenAI's own files, in tiktoken, which is several times as fast as Transformers' on one core; the 256
+# bytes; and any folder of Transformers. All promise that special tokens written in a text are text: whoever can write
+# "<|endoftext|>" on a web page could end documents otherwise. They export to Transformers' files, for checkpoints.
 
 def without_lone_surrogates(text):
     """UTF-8 cannot hold half a surrogate pair: it becomes U+FFFD, as in tiktoken; two halves become one character."""
@@ -303,9 +311,10 @@ class ByteTokenizer:
         save_byte_level_bpe(folder, models.BPE(ids, merges=[]), use_regex=False)
 
 
+# Unigram and WordLevel models have the special tokens among their pieces, so that a text matches them even with
+# split_special_tokens. Taking them out would move all later ids.
 def with_hidden_tokens(tokenizer, hidden):
-    """A copy of a Transformers tokenizer with names for some tokens that no text holds. Unigram and WordLevel models
-    have special tokens among their pieces, where split_special_tokens does not keep a text from matching them."""
+    """A copy of a Transformers tokenizer in which the tokens `hidden` have names that no text holds."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
     content = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -447,6 +456,10 @@ def save_copy(tokenizer, folder):
 
 # -----------------------------------------------------------------------------
 # the shard format
+#
+# build-nanogpt's: a .npy file of uint16, which numpy maps into memory, so that training starts at once and reads what
+# it needs. Everything is written under another name, flushed and renamed: a kill at any instant leaves only whole files.
+# A flush costs a second a shard; without it a power cut could leave a right name on a file of zeros.
 
 def sha256_of(path):
     with open(path, "rb") as f:
@@ -579,6 +592,11 @@ def read_manifest(folder):
 
 # -----------------------------------------------------------------------------
 # where documents come from: a source yields them in an order that never changes, from any place on
+#
+# That is all that resuming needs: the manifest keeps the place of each shard's last text, and a killed build goes on
+# there, with the same bytes as one that was never killed. One process reads, since order is cheap there and tokenizing
+# is what takes time; memory is bounded by the longest row, and text files are read in pieces. Readers are Python's and
+# pyarrow's own: `datasets` would read local files too, but copies them into its cache first.
 
 DEFAULT_OUT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "edu_fineweb10B")
 BYTES_PER_TOKEN = 4.5  # of English text in GPT-2's vocabulary; for estimates before the first token is there
@@ -787,9 +805,9 @@ def kind_of(path):
     return kind if kind in READERS and (kind != "parquet" or plain == path) else None
 
 
+# Why not glob's recursive=True? It goes round in a link that leads upwards, forty levels deep.
 def expand(pattern):
-    """Yields the paths that match, as glob does, but visits a folder once, however many links lead to it: glob alone
-    goes round in a link that leads upwards."""
+    """Yields the paths that match, as glob does, but visits a folder once, however many links lead to it."""
     stars = re.search(r"(?:^|(?<=/))\*\*(/+|$)", pattern)  # a whole component; within one they are two single stars
     if not stars:
         yield from glob.iglob(pattern)
@@ -908,10 +926,11 @@ class LocalFiles:
                 raise UserError(f"{path}: unreadable at or after row {row + 1}: {one_line(error)}") from None
 
 
+# Why not `datasets` alone? Its Parquet reader decodes a file faster than it is wanted, whatever limits it is given, and
+# all of it waits in memory: 2.2 GB of a file of 541 MB. So it finds the files, and read_parquet reads them.
 class HubDataset:
     """The documents of a data set that Hugging Face `datasets` opens, as of one file. When streaming, a state leads to
-    the row without reading the files before its own. Parquet is then read by `read_parquet`: that of `datasets` decodes
-    a file faster than it is wanted, and all of it waits in memory."""
+    the row without reading the files before its own."""
 
     def __init__(self, config):
         self.config = config
@@ -1005,6 +1024,12 @@ class HubDataset:
 
 # -----------------------------------------------------------------------------
 # tokenizing: groups of texts go to worker processes and come back in order
+#
+# A thread for each worker hands it one group and waits for the tokens; the futures of these threads keep the order.
+# Why not multiprocessing's pools? Their workers share one pipe for results. One that is killed while it writes leaves
+# half a message there, for the rest of which the pool waits for ever: 13 of 100 kills hung the build. A pipe of its own
+# ends with its worker, whatever it was doing. The tokenizer goes the same way, after the start: what a process is
+# started with is written without a look at whether it lives.
 
 CHARS_PER_TASK = 1 << 17
 
@@ -1027,7 +1052,8 @@ class Worker:
         self.connection, other_end = context.Pipe()
         self.process = context.Process(target=serve, args=(self.connection, other_end), daemon=True)
         self.process.start()
-        other_end.close()  # it is the process's alone now, so that the pipe ends when the process does
+        # Now that end is the process's alone, so that the pipe ends when the process does, however it does.
+        other_end.close()
 
     def tokenize(self, texts):
         """What tokenize makes of the texts, in the process. Raises UserError, also if the process is gone."""
@@ -1128,12 +1154,17 @@ def tokenize_in_order(source, tokenizer, end, workers, context):
                     stack.callback(worker.stop)
                     idle.put(worker)
                 waiting.append((places, source.fraction(), threads.submit(tokenize_in_worker, texts)))
-            if len(waiting) >= 8 * workers:  # enough to keep them busy while a shard is flushed
+            # Enough to keep the workers busy while a shard is flushed, and no more: texts would pile up in memory.
+            if len(waiting) >= 8 * workers:
                 yield waiting.popleft()
         yield from waiting
 
 # -----------------------------------------------------------------------------
 # shards from a stream of tokens
+#
+# The manifest is written after each shard, so that it never names one that is not there; what it does not name is made
+# again. A shard is held in memory until it is full (200 MB by default), in exchange for one sequential write. Settings
+# that change the tokens are kept in it, and other ones are refused: two halves that do not belong together look right.
 
 def shard_name(index):
     return f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
@@ -1303,7 +1334,8 @@ def build(config, context="spawn"):
     before = own_manifest(config.out)
     manifest = open_folder(config.out, settings, source.description, tokenizer)
     shards = manifest["shards"]
-    has_copy = config.tokenizer not in BUILT_IN  # the shards are of no use without it
+    # The shards are of no use without the tokenizer, whose folder may be changed or gone when they are read.
+    has_copy = config.tokenizer not in BUILT_IN
     if shards and has_copy and not same_tokenizer(open_shard_tokenizer(config.out), tokenizer):
         raise UserError(f"{config.out} was made with a tokenizer that was in {config.tokenizer} before; "
                         "choose another --out, or delete that folder")
@@ -1314,6 +1346,7 @@ def build(config, context="spawn"):
         if expected:
             expected = min(expected, writer.max_tokens)
             check_disk(config.out, max(0, expected - writer.num_tokens), source.is_certain)
+        # Only now, because a start that is refused makes no folder; so what was read before the lock is read again.
         lock = lock_folder(config.out)
         if own_manifest(config.out) != before:
             os.close(lock)
