@@ -95,8 +95,7 @@ def explaining(problem, remedy="", but=(), kind=UserError):
 
 
 class Stream:
-    """Standard output or error where a failed write, as to a log file on a full disk, ends no work. `but`: the kinds of
-    OSError that are raised all the same."""
+    """Standard output or error where a failed write ends no work. `but`: kinds of OSError that are raised."""
 
     def __init__(self, stream, but=()):
         self.stream = open(os.devnull, "w") if stream is None else stream  # a shell closed it, as in 2>&-
@@ -119,8 +118,8 @@ class Stream:
     def flush(self):
         self.attempt(self.stream.flush)
 
+    # At the program's end Python would try again and make an exit code of its own of the failure.
     def drop_unwritten(self):
-        """At the program's end, where Python would try again and make an exit code of its own of the failure."""
         try:
             self.stream.flush()
         except OSError:
@@ -167,9 +166,10 @@ def message_for_user(error):
     return None
 
 
+# torchrun ends the others while they wait here. Rank 0 comes before the others, an error of the user's before what may
+# only be another rank's death.
 def give_way(is_users_error):
-    """Under torchrun, lets the process that knows best report a failure: torchrun ends the others while they wait here.
-    Rank 0 comes before the others, an error of the user's before what may only be another rank's death."""
+    """Under torchrun, lets the process that knows best report a failure."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     rank = int(os.environ["RANK"])
     turn = 0 if rank == 0 else 10 + min(rank, 10)  # seconds: a busy machine takes some to end a process
@@ -235,10 +235,10 @@ def gpt2_ranks():
 LONGEST_RUN = 1 << 15  # characters
 
 
+# tiktoken's time and memory for a run of one kind grow with its square, up to a panic. At a cut inside one, and there
+# alone, tokens may differ from those of the whole.
 def cut_long_runs(text):
-    """The text in parts, cut only inside runs of white space, or of anything else, of over LONGEST_RUN characters:
-    tiktoken's time and memory for one of them grow with its square, up to a panic. At such a cut, and there alone,
-    tokens may differ from those of the whole."""
+    """The text in parts, cut only inside runs of white space, or of anything else, of over LONGEST_RUN characters."""
     cuts = [0]
     for i in range(0, len(text) - LONGEST_RUN + 1, LONGEST_RUN):
         block = text[i:i + LONGEST_RUN]
@@ -458,7 +458,7 @@ def save_copy(tokenizer, folder):
 # the shard format
 #
 # build-nanogpt's: a .npy file of uint16, which numpy maps into memory, so that training starts at once and reads what
-# it needs. Everything is written under another name, flushed and renamed: a kill at any instant leaves only whole files.
+# it needs. Everything is written under another name, flushed and renamed: a kill at any instant leaves whole files.
 # A flush costs a second a shard; without it a power cut could leave a right name on a file of zeros.
 
 def sha256_of(path):
@@ -1034,9 +1034,11 @@ class HubDataset:
 CHARS_PER_TASK = 1 << 17
 
 
+# Processes and threads that start meanwhile inherit this and never get Ctrl-C: the main thread alone handles it. A
+# terminal sends it to every process, and a worker would answer with a traceback.
 @contextlib.contextmanager
 def without_ctrl_c():
-    """Lets Ctrl-C wait. Processes and threads that start meanwhile never get it, so that this one alone handles it."""
+    """Lets Ctrl-C wait."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -1170,9 +1172,10 @@ def shard_name(index):
     return f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
 
 
+# A shard is published, that is written to the disk and entered into the manifest, when the first token after it
+# arrives: until then it may be all there is, and a part of it has to be for validation.
 class ShardWriter:
-    """Cuts a stream of tokens into shards and keeps the manifest. A shard is published, that is written to the disk and
-    entered into the manifest, when the first token after it arrives: until then it may be all there is."""
+    """Cuts a stream of tokens into shards and keeps the manifest."""
 
     def __init__(self, folder, manifest, tokenizer):
         self.folder = folder
