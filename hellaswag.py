@@ -13,18 +13,17 @@ The benchmark: Zellers et al. 2019, https://arxiv.org/abs/1905.07830. Two ways o
 The last line printed is one JSON object. train_gpt2.py also takes from here what it knows of devices and dtypes.
 """
 
-import contextlib
 import copy
 import json
 import logging
 import os
-import platform
 import random
 import re
 import sys
 import time
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -34,8 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 # fineweb.py is beside this file, where `python -I` and PYTHONSAFEPATH=1 do not look.
-if os.path.dirname(os.path.abspath(__file__)) not in sys.path:
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from fineweb import RunFailed, UserError, explaining, parse_flags, run_cli, without_lone_surrogates
 
 STYLES = ("completion", "harness")
@@ -46,7 +44,7 @@ STYLES = ("completion", "harness")
 # costs an hour and says nothing. The set is small (10,042 examples), so all of it is held in memory, on every rank.
 
 def check_example(example):
-    """The example with its label as an int. Raises ValueError if it is not one."""
+    # The example with its label as an int. Raises ValueError if it is not one.
     for name in ("ctx", "ctx_a", "ctx_b", "activity_label"):
         if not isinstance(example, dict) or not isinstance(example.get(name), str):
             raise ValueError(f"no text in {name!r}")
@@ -91,14 +89,14 @@ def load_examples(path=None, limit=0):
 
 
 def clean(text):
-    """lm-evaluation-harness's clean-up (lm_eval/tasks/hellaswag/utils.py): WikiHow's [title], [step] … marks go."""
+    # lm-evaluation-harness's clean-up (lm_eval/tasks/hellaswag/utils.py): WikiHow's [title], [step] … marks go.
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 
 def render(example, encode, style):
-    """One example as tokens: (context ids, four lists of ending ids, four lengths that acc_norm divides by). Sources:
-    build-nanogpt's hellaswag.py; lm-evaluation-harness 0.4's TemplateLM._encode_pair and ConfigurableTask."""
+    """One example as tokens: (context ids, four lists of ending ids, four lengths that acc_norm divides by)."""
+    # By build-nanogpt's hellaswag.py, and lm-evaluation-harness 0.4's TemplateLM._encode_pair and ConfigurableTask.
     if style == "completion":
         context = encode(example["ctx"])
         adds_space = encode("x x") == 2 * encode("x")  # Llama 2's kind of tokenizer puts a space before any text
@@ -122,8 +120,9 @@ def render(example, encode, style):
 # A token sees its own ending and the context, whose last token predicts the first token of each of the four endings.
 
 def pack(context, endings):
-    """One row of a context (ids, at least one) and its endings (lists of ids). Returns int64 tensors: ids, positions,
-    segments of the T tokens that are read; the endings' tokens; the indices in the row of those that predict them."""
+    """One row of a context (ids, at least one) and its endings (lists of ids), as int64 tensors."""
+    # ids, positions, segments of the T tokens that are read; the endings' tokens; the indices of those that predict
+    # them.
     C = len(context)
     ids, positions, segments, targets, indices = list(context), list(range(C)), [0] * C, [], []
     for segment, ending in enumerate(endings, 1):
@@ -137,8 +136,7 @@ def pack(context, endings):
 
 
 def visibility_mask(positions, segments, window):
-    """positions, segments: (B, T) int64; window: how many tokens a token sees, itself included (0 or None: all before).
-    Returns (B, 1, T, T) bool, True where a token (third dimension) sees another (fourth)."""
+    """positions, segments: (B, T) int64. Returns (B, 1, T, T) bool: whether a token (third) sees another (fourth)."""
     distance = positions[:, :, None] - positions[:, None, :]
     same_text = (segments[:, None, :] == 0) | (segments[:, :, None] == segments[:, None, :])
     return (same_text & (distance >= 0) & (distance < (window or float("inf"))))[:, None]
@@ -146,7 +144,6 @@ def visibility_mask(positions, segments, window):
 
 @dataclass
 class Item:
-    """An example, ready to be scored."""
     example: dict
     rows: list       # one (context, its four endings), or four (context, [its ending]); all are lists of ids
     lengths: list    # what acc_norm divides the four losses by
@@ -157,7 +154,7 @@ class Item:
 
 
 def make_item(example, encode, style, block_size, packed):
-    """`packed`: one row for the four endings, unless they are too long: cut, they have different contexts."""
+    # `packed`: one row for the four endings, unless they are too long: cut, they have different contexts.
     context, endings, lengths = render(example, encode, style)
     truncated = len(context) + max(map(len, endings)) > block_size + 1
     if packed and not truncated:
@@ -183,7 +180,7 @@ def is_ours(model):
 
 
 def model_limits(model):
-    """How many tokens the model reads, and how many a token sees (0 or None: all before it)."""
+    # How many tokens the model reads, and how many a token sees (0 or None: all before it).
     if is_ours(model):
         return model.config.block_size, model.config.window
     config = model.config.get_text_config()
@@ -192,7 +189,7 @@ def model_limits(model):
 
 
 def score_rows(model, rows, device):
-    """rows: pairs (context, endings) of ids. Returns the summed loss of every ending, in nats: float64 on the CPU."""
+    # rows: pairs (context, endings) of ids. Returns the summed loss of every ending, in nats: float64 on the CPU.
     ids, positions, segments, targets, indices = zip(*(pack(*row) for row in rows))
     idx = pad_sequence(ids, batch_first=True).to(device)  # (B, T)
     positions = pad_sequence(positions, batch_first=True).to(device)
@@ -217,13 +214,13 @@ def score_rows(model, rows, device):
 
 
 def score_batch(model, items, device):
-    """The summed losses of each item's endings, in nats: (len(items), 4) float64 on the CPU."""
+    # (len(items), 4) float64 on the CPU: the summed losses of each item's endings, in nats.
     return score_rows(model, [row for item in items for row in item.rows], device).view(-1, 4)
 
 
 def reads_packed_rows(model, examples, encode, device):
-    """Whether an ending scores the same in a packed row as alone: not so with a recurrent state or a convolution, or
-    where a model takes no mask or no positions. Tried on three texts. Raises UserError if the model is not causal."""
+    # Whether an ending scores the same in a packed row as alone: not so with a recurrent state or a convolution, or
+    # where a model takes no mask or no positions. Tried on three texts. Raises UserError if the model is not causal.
     half = model_limits(model)[0] // 2
     texts = [(example["ctx"], example["endings"][-1]) for example in (examples[0], examples[len(examples) // 2])]
     endings = (ending for example in examples for ending in example["endings"])
@@ -329,15 +326,16 @@ def pick_device(name):
 
 
 def check_device(name):
-    """Raises RunFailed where PyTorch has no kernels for the chip: its builds leave out old and very new ones."""
+    # PyTorch's builds leave out old and very new chips: they have no kernels there.
     remedy = "install a build for this chip (https://pytorch.org/get-started/previous-versions), or add --device cpu"
     with explaining(f"--device {name}: this PyTorch cannot use it", remedy, kind=RunFailed):
         torch.ones(1, device=name).add(1).item()
 
 
 def pick_dtype(name, device_type, matmul, without_bfloat16=torch.float32):
-    """The torch.dtype of a name, and why, or "". auto: on CUDA bfloat16, or `without_bfloat16` where the chip has none;
-    on a CPU the faster of bfloat16 and float32 in a typical matmul, (tokens, inputs, outputs); elsewhere float32."""
+    """The torch.dtype of a name, and why, or ""."""
+    # auto: on CUDA bfloat16, or `without_bfloat16` where the chip has none; on a CPU the faster of bfloat16 and float32
+    # in a typical matmul, (tokens, inputs, outputs); elsewhere float32.
     if name != "auto":
         return getattr(torch, name), ""
     if device_type == "cuda":
@@ -370,29 +368,12 @@ PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A10
 
 
 def peak_flops(device_type):
-    """Of one device, or None where it is unknown."""
+    # Of one device, or None where it is unknown.
     name = torch.cuda.get_device_name() if device_type == "cuda" else ""
     for chip, teraflops in PEAK_TFLOPS.items():
         if re.search(rf"\b{chip}\b(?! Ti| SUPER| D| Laptop|.* MIG)", name):
             return teraflops * 1e12
     return None
-
-
-def chip_name(device_type):
-    if device_type == "cuda":
-        return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError, AttributeError):  # Linux alone says it here
-        with open("/proc/cpuinfo") as file:
-            return re.search(r"model name\s*: (.*)", file.read())[1]
-    return platform.machine()
-
-
-def peak_memory(device_type):
-    """In bytes, of this process so far."""
-    if device_type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # -----------------------------------------------------------------------------
 # the command line
@@ -408,21 +389,22 @@ class Flags:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: the faster one
 
 
-def newest_checkpoint(name):
-    """That of a run's folder, which `latest` names: a link, or a file on a disk without links. Else the name."""
-    latest = os.path.join(name, "latest") if os.path.exists(os.path.join(name, "latest")) else name
-    if os.path.isfile(latest):
-        with open(latest, errors="replace") as f:
-            return os.path.join(os.path.dirname(latest), f.read(100).strip())
-    return latest
+def follow(path):
+    # The folder that a path given for a checkpoint means: of a run's folder the newest one; `latest` is a link to it,
+    # or on a disk without links a file with its name.
+    path = Path(path)
+    if (path / "latest").exists():
+        return follow(path / "latest")
+    if path.is_file() and path.stat().st_size < 100:
+        return path.parent / path.read_text().strip()
+    return path.resolve() if path.is_symlink() else path
 
 
 def load_causal_lm(name, config=None, dtype=torch.float32):
-    """A Transformers model, and the names of the weights that its files hold beyond it. Raises UserError for weights
-    that are missing or misshapen: Transformers makes them up at random."""
+    """A Transformers model, and the names of the weights that its files hold beyond it. Raises UserError."""
     from transformers import AutoModelForCausalLM, logging
-    # Why not let it raise by itself? It warns of missing weights in a table, and scores of made-up ones look like
-    # scores; of misshapen ones its error does not say the name.
+    # Why not let it raise by itself? It makes missing weights up at random, with a warning in a table, and scores of
+    # these look like scores; of misshapen ones its error does not say the name.
     logging.set_verbosity_error()
     model, loaded = AutoModelForCausalLM.from_pretrained(
         name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
@@ -431,14 +413,13 @@ def load_causal_lm(name, config=None, dtype=torch.float32):
     if loaded["missing_keys"]:
         raise UserError(f"{name}: its files lack weights, such as {min(loaded['missing_keys'])}")
     # Old GPT-2 files, OpenAI's too, hold causal masks beside the weights, which not every version knows to leave out.
-    masks = (".attn.bias", ".attn.masked_bias")
-    return model, [weight for weight in loaded["unexpected_keys"] if not weight.endswith(masks)]
+    return model, [key for key in loaded["unexpected_keys"] if not key.endswith((".attn.bias", ".attn.masked_bias"))]
 
 
 def open_model(name, style, dtype="float32", device="cpu"):
-    """The model on the device and encode (text -> list of ids), from a Hugging Face name or a model folder; dtype: see
-    `pick_dtype`. A tokenizer adds its own special tokens (Llama's BOS) in style harness, as there. Raises UserError."""
-    name = newest_checkpoint(name)
+    """The model on the device, and encode: text -> list of ids. Raises UserError."""
+    # A tokenizer adds its own special tokens (Llama's BOS) in style harness, as there.
+    name = str(follow(name))
     if os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json")):
         raise UserError(f"{name}: no config.json in this folder; --model takes a model folder or a Hugging Face name")
     from transformers import AutoConfig, AutoTokenizer

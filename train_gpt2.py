@@ -9,6 +9,7 @@ $ python train_gpt2.py sample --checkpoint log/latest --prompt "ROMEO:"
 $ python train_gpt2.py eval --checkpoint log/latest
 $ python train_gpt2.py plot --out_dir log
 
+The way in is tests/plain_gpt2.py: the same training in 300 plain lines, which a test holds to the same losses.
 The training script proper: config and presets · model · data · optimizer and schedule · training · starting a run.
 What serves it: evaluation and samples · checkpoints and the log · processes · Transformers' formats · commands.
 """
@@ -44,6 +45,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+# The two helpers are beside this file, where `python -I` and PYTHONSAFEPATH=1 do not look.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 import fineweb
 import hellaswag
 from fineweb import RunFailed, UserError, explaining, one_line
@@ -1156,7 +1159,7 @@ def read_flags(argv):
     config, given = fineweb.parse_flags(TrainConfig, argv, prog="train_gpt2.py", description=__doc__), flags_given(argv)
     check_ranges(config.flat())
     if config.setup.resume_from:
-        config.setup.resume_from = str(follow(config.setup.resume_from).resolve())
+        config.setup.resume_from = str(hellaswag.follow(config.setup.resume_from).resolve())
         if "out_dir" not in given:
             config.setup.out_dir = str(Path(config.setup.resume_from).parent)
     return config, given
@@ -1395,7 +1398,7 @@ def log_end(run):
         "val_loss": last.get("loss"), "val_bpb": last.get("bpb"), "best_val_loss": run.log.best("loss"),
         "best_val_bpb": run.log.best("bpb"), "tokens": run.step * tokens, "training_seconds": run.seconds,
         "total_seconds": run.total_seconds(), "tokens_per_second": speed, "mfu": run.mfu(speed),
-        "peak_memory_gb": hellaswag.peak_memory(run.world.device_type) / 1e9, "parameters": run.model.num_parameters(),
+        "peak_memory_gb": peak_memory(run.world.device_type) / 1e9, "parameters": run.model.num_parameters(),
     }
     run.log.write("done", run.step, **numbers)
     lines = ["---"]
@@ -1523,7 +1526,7 @@ def delete_old_checkpoints(run):
     out_dir, keep = Path(run.config.setup.out_dir), run.config.evaluation.keep_checkpoints
     older = {step: old for step, old in list_checkpoints(out_dir).items() if step <= run.step}  # newer ones are damaged
     # The best one stays, by the log, for copies of a run's folder may hold no links, and by the link.
-    best = (run.log.best_step(older), follow(out_dir / "best").name)
+    best = (run.log.best_step(older), hellaswag.follow(out_dir / "best").name)
     for step in list(older)[:-keep] if keep else []:
         if step != best[0] and older[step].name != best[1]:
             shutil.rmtree(older[step], ignore_errors=True)
@@ -1536,7 +1539,7 @@ def delete_unfinished_saves(out_dir):
 
 
 def point_to(folder, name):
-    # On a file system without links it is a text file with the checkpoint's name, which `follow` reads.
+    # On a file system without links it is a text file with the checkpoint's name, which hellaswag.follow reads.
     path, temporary = folder.parent / name, folder.parent / f".tmp_{name}"
     try:
         temporary.unlink(missing_ok=True)
@@ -1549,17 +1552,6 @@ def point_to(folder, name):
         temporary.replace(path)
     except OSError as error:
         print(f"warning: {path} does not name the newest checkpoint ({one_line(error)}); {folder} is whole", flush=True)
-
-
-def follow(path):
-    # The folder that a path given for a checkpoint means: what `point_to` made it name, of a run's folder the newest.
-    path = Path(path)
-    if path.is_file() and path.stat().st_size < 100:
-        return path.parent / path.read_text().strip()
-    checkpoints = list(list_checkpoints(path).values())
-    if checkpoints:
-        return follow(path / "latest") if (path / "latest").exists() else checkpoints[-1]
-    return path.resolve() if path.is_symlink() else path
 
 
 def fsync_all(folder):
@@ -1708,7 +1700,9 @@ def check_lost_run(run, path):
 
 def describe_run(run):
     world, config = run.world, run.config
-    chosen = {"device": world.device, "chip": hellaswag.chip_name(world.device_type), "world_size": world.size,
+    on_cuda = world.device_type == "cuda"
+    chip = torch.cuda.get_device_name() if on_cuda else torch.backends.cpu.get_cpu_capability()
+    chosen = {"device": world.device, "chip": chip, "world_size": world.size,
               "dtype": str(run.dtype)[6:], "compiled": run.is_compiled, "batch_size": run.batch_size,
               "micro_steps": run.micro_steps, "torch": torch.__version__, "numpy": np.__version__,
               "script_sha256": fineweb.sha256_of(__file__)}
@@ -1830,6 +1824,14 @@ def autocast(device_type, dtype):
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
 
+# In bytes, of this process so far.
+def peak_memory(device_type):
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def flops_per_token(model):
     # Of a training step: 6 per parameter and 12 per layer, channel and key (PaLM's appendix B).
     config = model.config
@@ -1920,7 +1922,7 @@ def from_hf_config(hf, path="config.json"):
 
 def model_folder(name_or_folder):
     """A model's folder: of a run's folder the newest checkpoint, of a name on the hub a copy. Raises UserError."""
-    path = follow(name_or_folder)
+    path = hellaswag.follow(name_or_folder)
     if (path / "config.json").exists():
         return path
     if path.exists():

@@ -1,9 +1,12 @@
 """What hard use of a training run meets: torn files of every size, signals at every moment, clocks that jump, folders that
 move, logs that others wrote into. Each fault stands for its kind."""
+import contextlib
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -373,3 +376,27 @@ def test_a_run_follows_its_folder(tmp_path):
 def test_the_summary_names_the_parts_that_are_on(tmp_path):
     out, _ = run("train_gpt2.py", *FLAGS, "--no_qk_norm", "--max_steps", 1, "--out_dir", tmp_path / "log")
     assert "parameters, rope rmsnorm swiglu (--preset" in out
+
+
+@pytest.mark.parametrize("isolated", [["-I"], []])
+@pytest.mark.parametrize("script", ["train_gpt2.py", "fineweb.py", "hellaswag.py"])
+def test_scripts_find_each_other(isolated, script, tmp_path):
+    """Where Python does not look beside a script, by its flag or by the environment."""
+    done = subprocess.run([sys.executable, *isolated, ROOT / script, "--help"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONSAFEPATH": "1"})
+    assert done.returncode == 0 and "--device" in done.stdout + "--device" * (script == "fineweb.py"), done.stderr
+
+
+def test_an_unwritable_terminal_ends_no_run(tmp_path):
+    """A full disk behind a job's log file, for either stream."""
+    command = [sys.executable, ROOT / "train_gpt2.py", *map(str, FLAGS), "--checkpoint_every", "6"]
+    for i, streams in enumerate(({"stderr": "/dev/full"}, {"stdout": "/dev/full"}, {"stdout": "/dev/full", "stderr": "/dev/full"})):
+        with contextlib.ExitStack() as stack:
+            files = {name: stack.enter_context(open(path, "w")) for name, path in streams.items()}
+            done = subprocess.run([*command, "--out_dir", tmp_path / f"log{i}"], **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **files})
+        assert done.returncode == ("stdout" in streams), done  # what stdout should have held is missed: said, but no work lost
+        assert (tmp_path / f"log{i}/step_000006/train_state.pt").exists() and log_lines(tmp_path / f"log{i}", "done")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, ROOT / "train_gpt2.py", "sample", "--checkpoint", tmp_path / "log0/latest", "--max_new_tokens", "3"],
+                              stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
