@@ -40,8 +40,8 @@ STYLES = ("completion", "harness")
 
 # -----------------------------------------------------------------------------
 # the data
-# Every example is checked when it is read, before a model is opened: a score over a file that is damaged in line 9,000
-# costs an hour and says nothing. The set is small (10,042 examples), so all of it is held in memory, on every rank.
+# Every example is checked when it is read, before a model is opened: a file that is damaged in its last line is refused
+# at once, not after the others are scored. The set is small (10,042 examples), so every rank holds all of it.
 
 def check_example(example):
     # The example with its label as an int. Raises ValueError if it is not one.
@@ -172,8 +172,7 @@ def make_item(example, encode, style, block_size, packed):
 # scoring with our own GPT, or one of Transformers' models
 # Four texts an example, and of each only the losses of the ending: the context is read once for the four (see above),
 # and the head sees no token but those that predict. Both change no loss by more than its rounding, which is tried on
-# each model of Transformers before its score counts. Its key-value cache would do the same for the context, but not for
-# every architecture; a recurrent state or a convolution gets its four texts one by one.
+# each model of Transformers before its score counts: one with a recurrent state or a convolution reads text by text.
 
 def is_ours(model):
     return hasattr(model, "hidden_states")

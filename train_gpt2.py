@@ -1945,9 +1945,9 @@ def read_json(path):
 
 def read_model(folder):
     """config.json (dict), GPTConfig and weights ({name: tensor}, without a tied head) of a folder. Raises UserError."""
-    # A folder is ours if its config.json names a tokenizer, unless Transformers has saved it again: it adds its
-    # version, keeps the rest, and may have changed the weights' dtype, files or number. train_state.pt would not tell
-    # these two apart, and is not beside a model alone.
+    # A folder is ours if its config.json names a tokenizer, unless Transformers has saved it again: it keeps that key,
+    # adds its version, and may have changed the weights' dtype, files or number. train_state.pt would not tell these
+    # two apart, and is not beside a model alone.
     path = folder / "config.json"
     hf = read_json(path)
     model_type = hf.get("model_type")
