@@ -85,7 +85,7 @@ def download():
 
 
 def load_examples(path=None, limit=0):
-    """The first `limit` examples (0: all) of a .jsonl file, or of the validation split (10,042). Raises UserError."""
+    # The first `limit` examples (0: all) of a .jsonl file, or of the validation split (10,042). Raises UserError.
     examples = list(islice(read_examples(path) if path else download(), limit or None))
     if not examples:
         raise UserError(f"{path}: no examples in it")
@@ -124,7 +124,7 @@ def render(example, encode, style):
 # A token sees its own ending and the context, whose last token predicts the first token of each of the four endings.
 
 def pack(context, endings):
-    """One row of a context (ids, at least one) and its endings (lists of ids), as int64 tensors."""
+    # One row of a context (ids, at least one) and its endings (lists of ids), as int64 tensors.
     # ids, positions, segments of the T tokens that are read; the endings' tokens; the indices of those that predict
     # them.
     C = len(context)
@@ -140,7 +140,7 @@ def pack(context, endings):
 
 
 def visibility_mask(positions, segments, window):
-    """positions, segments: (B, T) int64. Returns (B, 1, T, T) bool: whether a token (third) sees another (fourth)."""
+    # positions, segments: (B, T) int64. Returns (B, 1, T, T) bool: whether a token (third) sees another (fourth).
     distance = positions[:, :, None] - positions[:, None, :]
     same_text = (segments[:, None, :] == 0) | (segments[:, :, None] == segments[:, None, :])
     return (same_text & (distance >= 0) & (distance < (window or float("inf"))))[:, None]

@@ -731,7 +731,7 @@ class Corpus:
         return digest.hexdigest()
 
     def find(self, number, order):
-        """The place of window `number` where shards follow one another in this order: (shard, window in it)."""
+        # The place of window `number` where shards follow one another in this order: (shard, window in it).
         ends = self.windows_per_shard[order].cumsum()
         i = int(np.searchsorted(ends, number, side="right"))
         return int(order[i]), int(number - ends[i] + self.windows_per_shard[order[i]])
@@ -758,7 +758,7 @@ class Corpus:
 
 
 def training_batches(corpus, start, batch_size, world, seed):
-    """Yields x and y, (batch_size, block_size) int64 on the device, from window `start` on. A thread reads ahead."""
+    # Yields x and y, (batch_size, block_size) int64 on the device, from window `start` on. A thread reads ahead.
     def read(number):
         first = number + world.rank * batch_size  # the ranks take the next world.size * batch_size windows
         batch = corpus.read_windows([corpus.locate(i, seed) for i in range(first, first + batch_size)])
@@ -896,7 +896,7 @@ NEW_RUN = dict(step=0, skipped=0, seconds=0.0, timed_steps=0, total_seconds=0.0,
 
 
 class Run:
-    """A training run, new or resumed, as a command line asks for it. Raises UserError."""
+    # A training run, new or resumed, as a command line asks for it. Raises UserError.
 
     def __init__(self, argv, world):
         flags, given = read_flags(argv)
