@@ -260,6 +260,18 @@ def test_four_ranks_resume_bit_for_bit(small_shards, tmp_path):
     assert result(tmp_path / "log")[0] == result(tmp_path / "whole")[0]
 
 
+def test_eight_ranks_and_then_three(small_shards, tmp_path):
+    """More ranks than a laptop has cores give one process's losses, and go on with a number that divides nothing they had."""
+    flags = [*SMALL, "--total_batch_size", 768, "--batch_size", 1, "--data", small_shards, "--checkpoint_every", 3, "--keep_checkpoints", 0]
+    run("train_gpt2.py", *flags, "--out_dir", tmp_path / "one")
+    run_ranks(8, "train_gpt2.py", *flags, "--out_dir", tmp_path / "eight")
+    close(tmp_path / "eight", tmp_path / "one")
+    resume_copy(tmp_path / "eight", 3, tmp_path / "three")  # what eight ranks that were killed then would have left
+    out, _ = run_ranks(3, "train_gpt2.py", "--resume", "--batch_size", 4, "--out_dir", tmp_path / "three", "--device", "cpu")
+    assert "at step 3" in out and "3 x cpu" in out
+    close(tmp_path / "three", tmp_path / "one")
+
+
 def test_muon_resumes_and_agrees_between_worlds(small_shards, tmp_path):
     flags = [*SMALL, "--optimizer", "muon", "--rope", "--rmsnorm", "--swiglu", "--qk_norm", "--no_bias", "--data", small_shards,
              "--checkpoint_every", 3, "--keep_checkpoints", 0]
