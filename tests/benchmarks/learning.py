@@ -26,7 +26,7 @@ def timed_run(name, flags, folder):
     started = time.perf_counter()
     subprocess.run(script("--data", ROOT / "input.txt", "--out_dir", folder, *flags), check=True, **QUIETLY)
     seconds = time.perf_counter() - started
-    lines = train_gpt2.read_log(Path(folder, "log.jsonl"))
+    lines = list(train_gpt2.read_log(Path(folder, "log.jsonl")))
     done = lines[-1]
     losses = [f"{line['loss']:.4f}" for line in lines if line["kind"] == "val"]
     return {"run": name, "start to exit, s": seconds, "of it in steps, s": done["training_seconds"],
@@ -56,7 +56,7 @@ def killed(args):
         subprocess.run(script(*flags, "--out_dir", whole), check=True, **QUIETLY)
         process = subprocess.Popen(script(*flags, "--out_dir", other), **QUIETLY)
         log = other / "log.jsonl"
-        while not log.exists() or len(train_gpt2.read_log(log)) < 38:
+        while not log.exists() or len(list(train_gpt2.read_log(log))) < 38:
             time.sleep(0.01)
         process.kill()
         process.wait()

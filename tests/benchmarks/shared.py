@@ -174,7 +174,7 @@ def train(**flags):
             argv += [f"--{name}", str(value)]
     with contextlib.redirect_stdout(sys.stderr):  # the tables alone go to stdout
         train_gpt2.train(argv)
-    return train_gpt2.read_log(Path(flags["out_dir"], "log.jsonl"))
+    return list(train_gpt2.read_log(Path(flags["out_dir"], "log.jsonl")))
 
 
 def pyplot():

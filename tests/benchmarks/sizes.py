@@ -61,7 +61,7 @@ class Results:
                      seed, "--max_steps", steps, "--eval_every", max(1, steps // 8)]
             done = subprocess.run(script(*flags), env=os.environ | ONE_THREAD, capture_output=True, text=True)
             log = Path(folder, "log.jsonl")
-            lines = train_gpt2.read_log(log) if log.exists() else []
+            lines = list(train_gpt2.read_log(log)) if log.exists() else []
         wall = time.time() - started
         if done.returncode or not lines or lines[-1]["kind"] != "done":
             print(done.stderr[-2000:], file=sys.stderr)
