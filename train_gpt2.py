@@ -1479,11 +1479,10 @@ def log_hellaswag(run):
 # checkpoints and the log
 #
 # A checkpoint is written under another name, flushed and then renamed: whenever the machine dies, the folders named
-# step_N are whole. `latest` and `best` are links to them; what they name is a question of which folder is open or
-# named, never of its content. Damage is looked for anyway, since disks and copies do what they like: --resume takes
-# the newest checkpoint that opens. The log is text that any program reads, and the only record of what the run was:
-# of it a resumed run keeps all lines that are still true, as they stand, and reads it line by line, however long it
-# is.
+# step_N are whole, and `latest` and `best` are links to two of them. Damage is looked for anyway, since disks and
+# copies do what they like: --resume takes the newest checkpoint that opens. The log is text that any program reads, and
+# the only record of what the run was: a resumed run keeps the lines of it that are still true, and reads it line by
+# line, however long it is.
 
 def list_checkpoints(out_dir):
     # {step: checkpoint folder}, oldest first.
@@ -2024,6 +2023,9 @@ def open_model(name_or_folder, **overrides):
 
 # -----------------------------------------------------------------------------
 # commands
+#
+# Each opens a run or a model by the functions above, and prints. Whatever of it is the user's to put right is raised as
+# a UserError, which fineweb.run_cli makes one line of.
 
 def train(argv):
     world = World()
