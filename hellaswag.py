@@ -398,7 +398,7 @@ def follow(path):
     path = Path(path)
     if (path / "latest").exists():
         return follow(path / "latest")
-    if path.is_file() and path.stat().st_size < 100:
+    if path.name in ("latest", "best") and path.is_file():
         return path.parent / path.read_text().strip()
     return path.resolve() if path.is_symlink() else path
 

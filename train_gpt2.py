@@ -302,7 +302,7 @@ def compute_dtype(x):
 
 
 def full_attention(q, k, v, dropout):
-    """Causal attention, for q, k and v as `sdpa`'s. Returns a list of parts along T, here one."""
+    # Causal attention, for q, k and v as `sdpa`'s. Returns a list of parts along T, here one.
     return [sdpa(q, k, v, is_causal=True, dropout_p=dropout)]
 
 
@@ -322,7 +322,7 @@ class WindowAttention(nn.Module):
         self.register_buffer("mask", (distance >= 0) & (distance < window), persistent=False)
 
     def forward(self, q, k, v, dropout):
-        """As `full_attention`; by blocks in two parts."""
+        # As `full_attention`; by blocks in two parts.
         if dropout == 0 and has_flash_attention(q):
             return [self.by_flash_attention(q, k, v)]
         B, T, N = q.size(0), q.size(2), self.window
@@ -891,8 +891,9 @@ def muon_momentum(step, schedule, time_share=0.0):
 # What a checkpoint holds beside config and tensors, in a new run. step: updates made. skipped: updates left out in a
 # row, since their gradients were not finite. seconds: of training, without each process's first step, which compiles;
 # that is timed_steps steps. total_seconds: of all processes so far, from their start. dtype: [device_type, dtype].
+# forked_from: the checkpoint of another run, which this one went on from under an id of its own.
 NEW_RUN = dict(step=0, skipped=0, seconds=0.0, timed_steps=0, total_seconds=0.0, batch_size=None, dtype=None,
-               run_id=None, fingerprint=None)
+               run_id=None, forked_from=None, fingerprint=None)
 
 
 class Run:
@@ -930,7 +931,6 @@ class Run:
         self.optimizers = make_optimizers(model, recipe, world.device_type)
         self.scaler = torch.amp.GradScaler(world.device_type, enabled=self.dtype == torch.float16)
         self.load_state_dict(state)
-        self.forked_from = None  # the checkpoint of another run, which this one goes on from under an id of its own
         if checkpoint:
             self.notes.append(f"resumed from {checkpoint.folder} at step {self.step}")
             if checkpoint.folder.resolve().parent != Path(setup.out_dir).resolve():
@@ -951,16 +951,16 @@ class Run:
                 "scaler": self.scaler.state_dict(), "step": self.step, "skipped": self.skipped,
                 "seconds": self.seconds, "timed_steps": self.timed_steps, "total_seconds": self.total_seconds(),
                 "batch_size": self.batch_size, "dtype": [self.world.device_type, str(self.dtype)[6:]],
-                "run_id": self.run_id, "fingerprint": self.fingerprint}
+                "run_id": self.run_id, "forked_from": self.forked_from, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state):
         # What `state_dict` gave, or NEW_RUN. Device, dtype and batch split are chosen before.
         self.step = self.saved_step = state["step"]  # saved_step: of the newest checkpoint
         self.skipped, self.seconds, self.timed_steps = state["skipped"], state["seconds"], state["timed_steps"]
         self.earlier_seconds = state["total_seconds"]
-        self.run_id = state["run_id"] or f"{time.time_ns():x}"
-        self.fingerprint = self.train_data.fingerprint()
-        if state["fingerprint"] not in (None, self.fingerprint):
+        self.run_id, self.forked_from = state["run_id"] or f"{time.time_ns():x}", state["forked_from"]
+        self.fingerprint = self.train_data.fingerprint() + self.val_data.fingerprint()
+        if not self.fingerprint.startswith(state["fingerprint"] or ""):  # older ones are of the training data alone
             setup = self.config.setup
             raise UserError(f"--data {setup.data}: the run in {setup.out_dir} has other data, by its tokens; give its "
                             "own, or begin a new run with --init_from and a checkpoint")
@@ -1179,6 +1179,9 @@ def resumed_config(flags, given, config):
         if values[name] != saved[name]:
             raise UserError(f"--{name} {values[name]}: the run in {config.setup.out_dir} has {saved[name]}, and a "
                             f"resumed run cannot change it; leave it out, or start a new run with another --out_dir")
+    if "max_minutes" in given and "max_steps" not in given:
+        values["max_steps"] = NO_LIMIT if values["max_minutes"] else config.schedule.max_steps
+        given = given | {"max_steps"}
     changes = {name: values[name] for name in given & MAY_CHANGE}
     config.update({"batch_size": "auto", **changes, "out_dir": flags.setup.out_dir})
     if not os.path.exists(config.setup.data):
@@ -1228,7 +1231,7 @@ def new_model(config):
 
 
 def find_data(path):
-    """The path, or the default where it is None. Raises UserError where nothing is there."""
+    # The path, or the default where it is None. Raises UserError where nothing is there.
     shards = HERE / "edu_fineweb10B"
     path = path or os.path.relpath(shards if fineweb.list_shards(shards, "train") else HERE / "input.txt")
     if not os.path.exists(path):
@@ -1417,7 +1420,7 @@ def log_end(run):
 
 
 def stream_text(model, tokenizer, flags, generator):
-    """Yields what the model writes after flags.prompt, piece by piece, up to end-of-text. flags: SampleFlags."""
+    # Yields what the model writes after flags.prompt, piece by piece, up to end-of-text. flags: SampleFlags.
     ids = tokenizer.encode(flags.prompt) or [tokenizer.eot]
     if max(ids) >= model.config.vocab_size:
         raise UserError(f"the prompt has token {max(ids)}, the model a vocabulary of {model.config.vocab_size}: give "
@@ -1504,10 +1507,10 @@ def save_checkpoint(run):
         shutil.rmtree(temporary, ignore_errors=True)
         run.model.save_pretrained(temporary, run.tokenizer)
         torch.save(run.state_dict(), temporary / "train_state.pt")
-        fsync_all(temporary)
+        fsync(*temporary.iterdir(), temporary)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one that --resume stepped over
         temporary.rename(folder)
-        fsync_all(out_dir)
+        fsync(out_dir)
     except Exception as error:  # OSError, and what torch and safetensors make of it
         shutil.rmtree(temporary, ignore_errors=True)
         problem = f"{folder} could not be written ({one_line(error)})"
@@ -1518,14 +1521,19 @@ def save_checkpoint(run):
     return True
 
 
-# The run follows a folder that was moved, whose log it holds open: else half of it would land in a new one of the old
-# name. Linux tells where an open folder is.
+# The run follows a folder that was moved, whose lock and log it holds: else half of it would land in a new one of the
+# old name. Of a deleted one the name may be another run's by now, so this one goes on in a new folder. Linux tells
+# both.
 def current_place(run):
-    setup = run.config.setup
-    place = os.path.realpath(f"/proc/self/fd/{run.world.lock}")
-    if os.path.isdir(place) and place != os.path.realpath(setup.out_dir):
-        run.print(f"{setup.out_dir} was moved: the run goes on in {place}")
+    setup, handle = run.config.setup, Path(f"/proc/self/fd/{run.world.lock}")
+    if handle.is_symlink() and handle.resolve() != Path(setup.out_dir).resolve():
+        is_moved = handle.is_dir() and handle.resolve().is_dir()
+        place = str(handle.resolve()) if is_moved else f"{setup.out_dir}_{run.run_id}"
+        run.print(f"{setup.out_dir} was {'moved' if is_moved else 'deleted'}: the run goes on in {place}")
         setup.out_dir = place
+        if not is_moved:
+            run.world.lock_folder(place)
+            run.log = RunLog(run)
     return Path(setup.out_dir)
 
 
@@ -1561,15 +1569,15 @@ def point_to(folder, name):
         print(f"warning: {path} does not name the newest checkpoint ({one_line(error)}); {folder} is whole", flush=True)
 
 
-def fsync_all(folder):
-    for path in (*folder.iterdir(), folder):
+def fsync(*paths):
+    for path in paths:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
 
 
 def load_state(folder, mmap=False):
-    """A checkpoint's train_state.pt (see `Run.state_dict`) and its config. Raises UserError."""
+    # A checkpoint's train_state.pt (see `Run.state_dict`) and its config. Raises UserError.
     path = Path(folder) / "train_state.pt"
     if not path.exists():
         raise UserError(f"{path}: not there, so this is no checkpoint; a model alone is fine-tuned by --init_from")
@@ -1683,11 +1691,11 @@ class RunLog:
                 self.tensorboard.add_text(kind, f"```\n{text}\n```", step)
 
     def best(self, name):
-        return min((line[name] for line in self.vals.values() if line.get(name)), default=math.inf)
+        return min((line[name] for line in self.vals.values() if line.get(name) is not None), default=math.inf)
 
     def best_step(self, steps):
         # That of the least validation loss, among these; None if there is none.
-        known = [(self.vals[step]["loss"], step) for step in steps if self.vals.get(step, {}).get("loss")]
+        known = [(self.vals[step]["loss"], step) for step in steps if self.vals.get(step, {}).get("loss") is not None]
         return min(known, default=(math.inf, None))[1]
 
 
@@ -1728,7 +1736,7 @@ def is_kept(line, run):
 
 
 def read_log(path):
-    """Yields the lines of a log.jsonl, but for what a killed run left unfinished or others wrote into it."""
+    # Yields the lines of a log.jsonl, but for what a killed run left unfinished or others wrote into it.
     with open(path, errors="replace") as f:
         for text in f:
             with contextlib.suppress(ValueError):
@@ -1757,10 +1765,11 @@ class World:
     def __init__(self):
         self.distributed = "RANK" in os.environ
         self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ["WORLD_SIZE"]) if self.distributed else 1
-        self.lock = None  # rank 0's on out_dir
+        self.lock, self.size = None, 1  # lock: rank 0's on out_dir
         if self.distributed:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            with explaining("RANK is set, but the processes do not find each other", "start them by torchrun"):
+                self.size = int(os.environ["WORLD_SIZE"])
+                dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
     def use_device(self, name, deterministic=False):
         self.device = hellaswag.pick_device(name)  # "cuda:3"
@@ -1928,7 +1937,7 @@ def from_hf_config(hf, path="config.json"):
 
 
 def model_folder(name_or_folder):
-    """A model's folder: of a run's folder the newest checkpoint, of a name on the hub a copy. Raises UserError."""
+    # A model's folder: of a run's folder the newest checkpoint, of a name on the hub a copy. Raises UserError.
     path = hellaswag.follow(name_or_folder)
     if (path / "config.json").exists():
         return path

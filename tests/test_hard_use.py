@@ -315,6 +315,7 @@ def test_a_fork_is_a_run_of_its_own(copy, tmp_path):
     assert new["run_id"] != old["run_id"] and new["forked_from"] == str((copy / "step_000003").resolve()) and old["forked_from"] is None
     run("train_gpt2.py", "--resume", "--max_steps", 8, "--out_dir", out_dir)
     assert {line["run_id"] for line in log_lines(out_dir, "config")} == {new["run_id"]}
+    assert {line["forked_from"] for line in log_lines(out_dir, "config")} == {new["forked_from"]}
     run("train_gpt2.py", "--resume_from", copy / "step_000006", "--max_steps", 8)  # in its own folder it is the same run
     assert {line["run_id"] for line in log_lines(copy, "config")} == {old["run_id"]}
 
@@ -371,6 +372,63 @@ def test_a_run_follows_its_folder(tmp_path):
     assert (tmp_path / f"elsewhere/step_{steps:06d}").is_dir() and log_lines(tmp_path / "elsewhere", "config")
     run("train_gpt2.py", "--resume", "--max_steps", steps + 2, "--out_dir", tmp_path / "elsewhere")
     assert len(losses(tmp_path / "elsewhere")) == steps + 2
+
+
+def test_a_run_whose_folder_was_deleted_leaves_the_name_to_others(finished, tmp_path):
+    """It goes on beside it, and can be resumed there; what has the name now is not its own."""
+    flags = [*FLAGS, "--max_steps", 10**6, "--checkpoint_every", 50, "--eval_every", 0]
+    process = spawn("train_gpt2.py", *flags, "--out_dir", tmp_path / "log")
+    wait_for(lambda: (tmp_path / "log/step_000050").is_dir(), process)
+    while (tmp_path / "log").exists():  # the run writes into it meanwhile
+        shutil.rmtree(tmp_path / "log", ignore_errors=True)
+    shutil.copytree(finished, tmp_path / "log", symlinks=True)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "log").rglob("*")}
+    wait_for(lambda: list(tmp_path.glob("log_*/step_*")), process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.finish()
+    (place,) = tmp_path.glob("log_*")
+    assert f"was deleted: the run goes on in {place}" in out and (place / "latest/train_state.pt").exists()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "log").rglob("*")} == before
+    step = log_lines(place, "train")[-1]["step"]
+    out, _ = run("train_gpt2.py", "--resume", "--max_steps", step + 2, "--out_dir", place)
+    assert f"at step {step}\n" in out and log_lines(place, "train")[-1]["step"] == step + 2
+
+
+def test_what_else_lies_in_the_folder_stops_no_save(tmp_path):
+    """A link to nowhere, as old checkpoints that were deleted leave them, and a pipe that nobody reads."""
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log/notes").symlink_to("/nowhere")
+    os.mkfifo(tmp_path / "log/pipe")
+    out, _ = run("train_gpt2.py", *FLAGS, "--checkpoint_every", 1, "--keep_checkpoints", 1, "--out_dir", tmp_path / "log")
+    assert "warning" not in out and (tmp_path / "log/latest").resolve().name == "step_000006"
+    assert len(list((tmp_path / "log").glob("step_*"))) <= 2  # the newest and the best
+
+
+def test_another_validation_text_is_other_data(copy, tmp_path):
+    text = (ROOT / "input.txt").read_text()
+    cut = len(text) * 95 // 100
+    (tmp_path / "other.txt").write_text(text[:cut] + text[cut:].upper())
+    said = refused("train_gpt2.py", "--resume", "--max_steps", 8, "--data", tmp_path / "other.txt", "--out_dir", copy)
+    assert "has other data, by its tokens" in said
+    (tmp_path / "same.txt").write_text(text)
+    run("train_gpt2.py", "--resume", "--max_steps", 8, "--data", tmp_path / "same.txt", "--out_dir", copy)
+
+
+def test_a_finished_run_goes_on_for_some_minutes(copy):
+    out, _ = run("train_gpt2.py", "--resume", "--max_minutes", 0.02, "--eval_every", 0, "--out_dir", copy)
+    assert "0.02 minutes of training, logged" in out and len(losses(copy)) > 6
+    assert log_lines(copy, "done")[-1]["training_seconds"] >= 1.2
+
+
+def test_a_loss_of_zero_is_the_best(tmp_path):
+    log = train_gpt2.RunLog.__new__(train_gpt2.RunLog)
+    log.vals = {3: {"loss": 0.1, "bpb": 0.2}, 6: {"loss": 0.0, "bpb": 0.0}, 9: {"loss": None, "bpb": None}}
+    assert (log.best("loss"), log.best("bpb"), log.best_step([3, 6, 9]), log.best_step([9])) == (0.0, 0.0, 6, None)
+
+
+@pytest.mark.parametrize("env", [{"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "two"}])
+def test_a_rank_without_torchrun_is_one_line(env, tmp_path):
+    assert "start them by torchrun" in refused("train_gpt2.py", *FLAGS, "--out_dir", tmp_path / "log", env=env)
 
 
 def test_the_summary_names_the_parts_that_are_on(tmp_path):
