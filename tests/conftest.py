@@ -109,7 +109,7 @@ def run_rank(script, args, env, files):
     os._exit(code)
 
 
-def run_ranks(size, script, *args, expect=0, env=None, timeout=120):
+def run_ranks(size, script, *args, expect=0, env=None, timeout=600):
     """The same in `size` forks, which find each other as torchrun's workers do, and are ended as torchrun ends them when
     one fails. Returns what all of them wrote, as (stdout, stderr); `expect`: the highest exit code."""
     common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -153,7 +153,7 @@ class spawn(subprocess.Popen):
         """What it wrote so far, as (stdout, stderr)."""
         return tuple(Path(file.name).read_text() for file in self.files)
 
-    def finish(self, expect=0, timeout=120):
+    def finish(self, expect=0, timeout=600):
         """Waits for its end; returns its output. `expect`: the exit code, None for any."""
         try:
             self.wait(timeout)
@@ -164,7 +164,7 @@ class spawn(subprocess.Popen):
         return self.output()
 
 
-def wait_for(condition, process, seconds=120):
+def wait_for(condition, process, seconds=600):
     """Until the condition holds, while the process lives."""
     deadline = time.time() + seconds
     while not condition():

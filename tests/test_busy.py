@@ -32,13 +32,13 @@ def seconds_of_steps(threads, out_dir):
     def steps():
         return len(log_lines(out_dir, "train")) if (out_dir / "log.jsonl").exists() else 0
     try:
-        wait_for(steps, process, seconds=600)
+        wait_for(steps, process)
         for thread in os.listdir(f"/proc/{process.pid}/task"):
             os.sched_setaffinity(int(thread), {min(os.sched_getaffinity(0))})
         begun = steps()
-        wait_for(lambda: steps() > begun, process, seconds=600)  # the rest of the step at hand
+        wait_for(lambda: steps() > begun, process)  # the rest of the step at hand
         before = used()
-        wait_for(lambda: steps() > begun + 3, process, seconds=600)
+        wait_for(lambda: steps() > begun + 3, process)
         return used() - before
     finally:
         process.kill()

@@ -875,7 +875,7 @@ def test_a_worker_that_dies_while_it_starts(corpus, tmp_path):
     wait_for(lambda: any(map(is_worker, children(process.pid))), process)
     for pid in filter(is_worker, children(process.pid)):
         os.kill(pid, signal.SIGKILL)
-    error = process.finish(expect=2, timeout=20)[1]
+    error = process.finish(expect=2)[1]
     assert "error: a worker process died" in error and "Traceback" not in error
 
 
