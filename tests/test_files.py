@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -274,7 +275,7 @@ def what_reading_takes(path):
         import fineweb
         files = fineweb.LocalFiles(fineweb.Config(files=(sys.argv[2],)))
         try:
-            print(sum(len(text) for *_, text in files.texts(fineweb.Place(0, 0, 0), None, fineweb.ByteTokenizer())))
+            print(sum(len(text) for *_, text in files.texts(fineweb.Place(0, 0, 0), None, True)))
         except fineweb.UserError as error:
             print(error)
         print(int(next(l for l in open("/proc/self/status") if "VmHWM" in l).split()[1]) // 1024)
@@ -608,7 +609,7 @@ def trained_tokenizer(kind, folder, text):
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
         tokenizer.decoder = decoders.BPEDecoder("</w>")
         trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=special, end_of_word_suffix="</w>")
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # it takes "</s>" in a text apart
     tokenizer.train_from_iterator([text], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
     return str(folder)
@@ -617,7 +618,7 @@ def trained_tokenizer(kind, folder, text):
 @pytest.mark.parametrize("kind", ["WordPiece", "WordLevel", "BPE with </w>"])
 def test_token_bytes_where_spaces_are_between_tokens(kind, tmp_path):
     """Bits per byte count the text that the tokens stand for, with the spaces that decoding puts between words."""
-    text = " ".join((ROOT / "input.txt").read_text()[:30_000].split())
+    text = " ".join(re.findall(r"\w+|[^\w\s]+", (ROOT / "input.txt").read_text()[:30_000]))
     tokenizer = fineweb.get_tokenizer(trained_tokenizer(kind, tmp_path / "tok", text))
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids).strip() == text
@@ -660,25 +661,15 @@ def save_tokenizer(kind, folder, text):
     return fineweb.get_tokenizer(str(folder))
 
 
-KINDS = ["Unigram", "WordPiece", "WordLevel", "Metaspace first", "Metaspace always", "Llama 2", "GPT-2", "add_prefix_space",
-         "full stops with lines"]
+KINDS = ["WordPiece", "Metaspace first", "Metaspace always", "Llama 2", "GPT-2", "add_prefix_space", "full stops with lines"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pieces_of_a_long_document_have_the_tokens_of_the_whole(kind, tmp_path, monkeypatch):
-    text = (ROOT / "input.txt").read_text()[:60_000].replace(".\n", ".\n\n")
-    tokenizer = save_tokenizer(kind, tmp_path / "tok", text)
-    monkeypatch.setattr(fineweb, "CHARS_PER_PIECE", 500)
-    pieces = list(fineweb.cut_document(text, tokenizer))
-    assert len(pieces) > 50 and "".join(piece for *_, piece in pieces) == text
-    tokens, counts, num_bytes = fineweb.tokenize(tokenizer, [(before, piece) for _, before, piece in pieces])
-    assert tokens.tolist() == [tokenizer.eot, *tokenizer.encode(text)]
-    assert sum(counts) == len(tokens) and num_bytes == len(text.encode())
-
-
-def test_a_long_document_of_a_folders_tokenizer(tmp_path):
-    text = (ROOT / "input.txt").read_text()[:600_000]
-    tokenizer = save_tokenizer("Unigram", tmp_path / "tok", text[:60_000])
+def test_a_long_document_has_the_tokens_of_the_whole(kind, tmp_path):
+    """Also of tokenizers that put a space before any text, or have a token of a full stop and the line's end."""
+    text = (ROOT / "input.txt").read_text()[:300_000].replace(".\n", ".\n\n")
+    assert len(text) > fineweb.CHARS_PER_PIECE
+    tokenizer = save_tokenizer(kind, tmp_path / "tok", text[:60_000])
     (tmp_path / "a.txt").write_text(text)
     run("fineweb.py", "--files", tmp_path / "a.txt", "--out", tmp_path / "shards", "--workers", 1, "--tokenizer", tmp_path / "tok")
     assert tokens_of(tmp_path / "shards").tolist() == [tokenizer.eot, *tokenizer.encode(text)]
@@ -697,15 +688,31 @@ def test_special_tokens_in_a_text_are_text(kind, tmp_path):
     assert np.count_nonzero(tokens == tokenizer.eot) == 20 and np.isin(tokens, special).sum() == 20
 
 
+@pytest.mark.parametrize("special", ["</s>", "<s>"])
+@pytest.mark.parametrize("kind", ["Unigram", "WordLevel"])
+def test_a_tokenizer_whose_special_tokens_a_text_can_make_is_refused(kind, special, tmp_path):
+    """Its vocabulary has them as pieces, which no setting changes: a text could end documents."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": f"the {special} end"}))
+    with pytest.raises(fineweb.UserError):
+        save_tokenizer(kind, tmp_path / "tok", (ROOT / "input.txt").read_text()[:30_000])
+    if special == "<s>":  # here end-of-text is no piece
+        from transformers import AutoTokenizer
+        tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "tok"))
+        tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+        tokenizer.save_pretrained(str(tmp_path / "tok"))
+    said = refused("--files", tmp_path / "a.jsonl", "--out", tmp_path / "no", "--tokenizer", tmp_path / "tok")
+    assert f"tok: {special!r} in a text would become this special token; take " in said and not (tmp_path / "no").exists()
+
+
 def test_an_end_of_text_token_that_is_ordinary_text_is_refused(tmp_path):
     from transformers import AutoTokenizer
     (tmp_path / "a.txt").write_text("to be . " * 50)
-    save_tokenizer("WordLevel", tmp_path / "tok", "to be . or not")
+    save_tokenizer("WordPiece", tmp_path / "tok", "to be . or not")
     tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "tok"))
     tokenizer.eos_token = "."
     tokenizer.save_pretrained(str(tmp_path / "tok"))
     said = refused("--files", tmp_path / "a.txt", "--out", tmp_path / "no", "--tokenizer", tmp_path / "tok")
-    assert "tok: ordinary text holds its end-of-text token '.'" in said and "eos_token" in said
+    assert "tok: '.' in a text would become this special token; take " in said
 
 
 @pytest.mark.parametrize("kind", ["GPT-2", "Metaspace first", "WordPiece"])
