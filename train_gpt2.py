@@ -37,11 +37,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-# Threads that wait for one another spin a while before they sleep: libgomp's 3 ms are as long as a turn on a busy core,
-# which the thread they wait for then does not get. Beside two busy programs on two cores a step took up to 36 times as
-# long as alone, with 10,000 turns of the loop (0.15 ms) 4 times; beside one 2.8 and 2.4 times. Not fewer, as a sleep
-# costs 0.04 ms: a step of `tiny` has 1,400 waits, of which 35 now sleep: 1% slower alone, 50% with none that spins.
-# libgomp reads this once, when torch loads it; another OpenMP (macOS, Windows) does not, and was not measured.
+# Threads that wait for one another spin before they sleep. libgomp's 3 ms of it are as long as a turn on a busy core,
+# and the thread that is waited for does not get that turn: on two cores, a step of `tiny` took 3.8 times as long beside
+# another run as alone, and up to 36 times beside two busy programs. With 10,000 turns of the spinning loop (0.15 ms) it
+# takes 2.5 and at most 4 times as long. Not fewer turns, since a sleep costs 0.04 ms: of the 1,400 waits of a step 35
+# now sleep, and a run alone is 1% slower; with no spinning it would be 50%. libgomp reads this once, when torch loads
+# it; the OpenMP of macOS and of Windows does not read it.
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

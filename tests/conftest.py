@@ -1,7 +1,11 @@
 """What the tests share: ways to run the scripts, small corpora, and runs made once.
 
 run() calls a script's main in the test's own process, run_ranks() in a few forks of it that know each other as torchrun's
-workers do: a monkeypatch holds in both. spawn() starts a process as a user does, for what only a process shows."""
+workers do: a monkeypatch holds in both. spawn() starts a process as a user does, for what only a process shows.
+The time limits are for what hangs: a busy machine may take ten times as long as a quiet one.
+
+With the lowest versions that requirements.txt promises, in a new environment (xdist is for `-n 2`):
+$ sed "s/>=/==/" requirements.txt | pip install -r /dev/stdin pytest-xdist && python -m pytest -q tests"""
 import contextlib
 import gc
 import importlib

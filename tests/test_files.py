@@ -168,7 +168,7 @@ def test_long_runs_take_bounded_time_and_memory(text, tmp_path):
     """Both ways into the tokenizer; what stands before and after the run keeps its tokens, and nothing is lost."""
     tokenizer = fineweb.get_tokenizer("gpt2")
     once, twice = (least_seconds(tokenizer.encode, text[:4 * times * fineweb.LONGEST_RUN]) for times in (1, 2))
-    assert twice < 3 * once  # four times as long where the time grows with the square, as tiktoken's does up to 0.12
+    assert twice < 3 * once  # four times as long where the time grows with the square, as that of tiktoken 0.12 does
     text = f"Before it.{text}\nAnd what comes after it, as ever.\n"
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and ids == tokenizer.encode_array(text).tolist()
