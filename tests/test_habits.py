@@ -1,6 +1,5 @@
 """What users do with runs: data that moved, folders that are named as models, models with special tokens of their own,
 tokenizers of other people, hints. Each through the command line, with the right value."""
-import json
 import os
 import shutil
 import signal
