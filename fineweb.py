@@ -1267,8 +1267,9 @@ def build(config, context="spawn"):
         finally:
             os.close(lock)
         remark = f", {num_bytes / 1e6 / (time.time() - started):.1f} MB/s"
-    print(f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens, {len(shards)} shards{remark} "
-          f"in {config.out}; next: python train_gpt2.py --data {shlex.quote(config.out)}")
+    counts = f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens, {len(shards)} shards{remark}"
+    print(re.sub(r"\b1 (document|token|shard)s", r"1 \1", counts) +
+          f" in {config.out}; next: python train_gpt2.py --data {shlex.quote(config.out)}")
     return manifest
 
 
