@@ -54,8 +54,8 @@ class RunFailed(UserError):
 # a full disk behind a log file must not end a run of days, so writing fails in silence until the end.
 
 def parse_flags(config_class, argv, prog, description):
-    """An instance of a dataclass from a command line: its fields are the flags, their comments the help. Ends the
-    program with exit code 2 and tyro's message if the command line is wrong; under torchrun rank 0 alone tells."""
+    """An instance of a dataclass from a command line: its fields are the flags, their comments the help."""
+    # A wrong one ends the program with exit code 2 and tyro's message; under torchrun rank 0 alone tells.
     import tyro
     is_first = os.environ.get("RANK", "0") == "0"
     # As in --out=~/x, which no shell expands.
@@ -360,10 +360,10 @@ class FolderTokenizer:
 
 
 def get_tokenizer(name):
-    """`name`: "gpt2", "byte", or a folder with Transformers tokenizer files. The result has name, eot (the id of
-    end-of-text), vocab_size, encode(text) -> list of ids, decode(ids) -> str with invalid UTF-8 replaced, token_bytes()
-    -> for each id the bytes of UTF-8 that it stands for, 0 for special ones, and save_pretrained(folder). Special
-    tokens written in a text are ordinary text. Raises UserError."""
+    """The tokenizer "gpt2" or "byte", or that of a folder with Transformers' files. Raises UserError."""
+    # It has name, eot (the id of end-of-text), vocab_size, encode(text) -> list of ids, decode(ids) -> str with invalid
+    # UTF-8 replaced, token_bytes() -> for each id the bytes of UTF-8 that it stands for, 0 for special ones, and
+    # save_pretrained(folder). Special tokens written in a text are ordinary text.
     if name == "gpt2":
         return GPT2Tokenizer()
     if name == "byte":
@@ -502,8 +502,9 @@ def read_bin(path):
     header = np.zeros(3, dtype="<i4")
     header.view("<u2")[:len(tokens)] = tokens[:6]
     magic, version, num_tokens = header.tolist()
-    if magic == 20240801:
-        raise UserError(f"{path}: ids of Llama 3's vocabulary in uint32; only GPT-2's uint16 are supported")
+    # Of small ids in uint32 every second half is zero.
+    if magic == 20240801 or len(tokens) > 100 and not tokens[1:2000:2].any():
+        raise UserError(f"{path}: ids in uint32, as of Llama 3's vocabulary; only uint16 is supported")
     if magic != 20240520:
         return tokens
     if version != 1:
@@ -515,8 +516,8 @@ def read_bin(path):
 
 
 def list_shards(folder, split):
-    """Sorted paths of the "train" or "val" shards in a folder, whoever made them; empty if it holds none. Where there
-    are both, .npy files go before other trainers' .bin. Raises UserError for nanoGPT's characters."""
+    """Sorted paths of the "train" or "val" shards in a folder, whoever made them. Raises UserError."""
+    # Where there are both, .npy files go before other trainers' .bin; nanoGPT's characters are refused.
     names = os.listdir(folder) if os.path.isdir(folder) else []
     for kind in ("npy", "bin"):
         pattern = re.compile(rf"(^|.*[_-]){split}([_-].*)?\.{kind}")
@@ -704,7 +705,7 @@ def read_csv(file, path, field):
 def read_parquet(file, path, field, first=0):
     import pyarrow
     from pyarrow import parquet
-    table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+    table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
     names = table.schema_arrow.names
     if field not in names + [column.path for column in table.schema]:
         find_text(dict.fromkeys(names), field, f"{path}: row 1")  # raises
@@ -823,6 +824,8 @@ class LocalFiles(Source):
         codec = {"gz": "gzip", "zst": "zstd"}.get(path.lower().split(".")[-1])
         if codec is None:
             return self.raw
+        if os.path.getsize(path) == 0:  # pyarrow takes it for an empty text
+            raise UserError(f"{path}: empty, so not whole; fetch it again")
         import pyarrow
         return io.BufferedReader(pyarrow.CompressedInputStream(self.raw, codec), 1 << 16)
 
@@ -921,11 +924,14 @@ class HubDataset(Source):
         # The row of the data set with which a file begins.
         start = state.get("row", 0) if "file" in state else 0
         for file in range(state.get("file", 0), len(self.files)):
+            name = os.path.basename(self.files[file])
+            if file == state.get("file") and name != state.get("name", name):
+                raise UserError(f"{self.name}: has other files than when this build began; choose another --out")
             with fsspec.open(self.files[file], "rb") as stream:
                 num_rows = parquet.read_metadata(stream).num_rows
                 if start + num_rows > first:
                     for row, record in read_parquet(stream, self.name, self.field, first - start):
-                        yield start + row, {"file": file, "row": start}, record
+                        yield start + row, {"file": file, "name": name, "row": start}, record
             start += num_rows
 
 # -----------------------------------------------------------------------------
@@ -1156,9 +1162,10 @@ def own_manifest(folder):
     if manifest is not None:
         problem = f"{folder}/manifest.json: not one of fineweb.py's"
         with explaining(problem, "move it away, or choose another folder"):
-            found = [manifest["settings"].keys(), manifest["vocab_size"], manifest["tokens"], manifest["complete"]]
+            found = [manifest["settings"].keys(), manifest["vocab_size"] + 0, manifest["complete"]]
             for shard in manifest["shards"]:
-                found += [shard["name"], shard["tokens"], shard["sha256"], shard["end"]]
+                found += [shard["name"], shard["tokens"] + 0, shard["sha256"].lower(), shard["end"]]
+            assert manifest["tokens"] == sum(shard["tokens"] for shard in manifest["shards"]), "wrong sum"
     return manifest
 
 
@@ -1230,8 +1237,7 @@ def write_shards(config, source, writer, tokenizer, context):
 
 
 def build(config, context="spawn"):
-    """Writes the shards that `config` asks for into config.out, or the rest of them, and returns the manifest.
-    `context` is how multiprocessing starts the workers. Raises UserError."""
+    """Writes the shards that `config` asks for, or the rest of them. Returns the manifest. Raises UserError."""
     source = LocalFiles(config) if config.files else HubDataset(config)
     settings = {**source.settings, "shard_size": config.shard_size, "max_tokens": config.max_tokens,
                 "tokenizer": config.tokenizer}

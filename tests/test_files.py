@@ -829,3 +829,61 @@ def test_gpt2s_vocabulary_is_not_read_from_a_cache(tmp_path, monkeypatch):
             (tmp_path / name / hashlib.sha1(path.encode()).hexdigest()).write_bytes(b"#version: 0.2\n")
         done = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True)
         assert done.stdout.strip() == "[15496, 11, 995]", done.stderr
+
+
+# -----------------------------------------------------------------------------
+# damage and changes that look right
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.zst"])
+def test_an_empty_packed_file_is_a_download_that_never_began(name, tmp_path):
+    (tmp_path / name).write_bytes(b"")
+    (tmp_path / "b.jsonl").write_text('{"text": "To be"}\n')
+    said = refused("--files", tmp_path / name, tmp_path / "b.jsonl", "--out", tmp_path / "out", "--workers", 1)
+    assert f"{name}: empty, so not whole" in said
+
+
+def test_pages_of_parquet_are_checked_where_they_can_be(tmp_path):
+    table = pa.table({"text": [f"text {i} of some length" for i in range(500)]})
+    parquet.write_table(table, tmp_path / "a.parquet", compression="none", use_dictionary=False, write_page_checksum=True)
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    at = data.index(b"text 250 of")
+    data[at:at + 4] = b"TEXT"
+    (tmp_path / "a.parquet").write_bytes(data)
+    said = refused("--files", tmp_path / "a.parquet", "--out", tmp_path / "out", "--workers", 1)
+    assert "a.parquet" in said
+
+
+def test_ids_of_four_bytes_are_not_read_as_two(tmp_path):
+    for split in ("train", "val"):
+        np.random.default_rng(0).integers(1, 50257, 5000).astype("<u4").tofile(tmp_path / f"{split}.bin")
+    assert "ids in uint32" in train_refused("train_gpt2.py", "--data", tmp_path, "--out_dir", tmp_path / "log", "--device", "cpu")
+
+
+@pytest.mark.parametrize("change", [{"tokens": 5}, {"vocab_size": None}, {"shards.tokens": "200"}, {"shards.sha256": None}])
+def test_a_manifest_whose_numbers_are_wrong(change, tmp_path):
+    (tmp_path / "a.txt").write_text("To be, or not to be. " * 40)
+    command = ["--files", tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", "byte", "--shard_size", 300, "--workers", 1]
+    run("fineweb.py", *command)
+    path = tmp_path / "out/manifest.json"
+    manifest = json.loads(path.read_text())
+    for name, value in change.items():
+        (manifest["shards"][1] if "." in name else manifest)[name.split(".")[-1]] = value
+    path.write_text(json.dumps(manifest))
+    for flags in (["--verify", tmp_path / "out"], command):
+        assert "not one of fineweb.py's" in refused(*flags)
+
+
+def test_a_data_set_that_got_another_file_is_not_gone_on_with(tmp_path):
+    """Its files have numbers: one more before the others would be read in their place."""
+    (tmp_path / "hub").mkdir()
+    for name in "bc":
+        table = pa.table({"text": [f"{name}{i} text " * 20 for i in range(40)]})
+        parquet.write_table(table, tmp_path / f"hub/{name}.parquet")
+    command = ["--dataset", tmp_path / "hub", "--out", tmp_path / "out", "--tokenizer", "byte", "--shard_size", 1500, "--workers", 1]
+    run("fineweb.py", *command, "--max_tokens", 12000)
+    path = tmp_path / "out/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest.update(complete=False, settings={**manifest["settings"], "max_tokens": None})
+    path.write_text(json.dumps(manifest))
+    parquet.write_table(table, tmp_path / "hub/a.parquet")
+    assert "has other files than when this build began" in refused(*command)
