@@ -545,8 +545,8 @@ def read_manifest(folder):
     path = os.path.join(folder, "manifest.json")
     if not os.path.exists(path):
         return None
-    problem = f"{path}: not a JSON object"
-    with explaining(problem, "delete it and run fineweb.py again", but=OSError), open(path, encoding="utf-8") as f:
+    remedy = "delete it and run fineweb.py again"
+    with explaining(f"{path}: not a JSON object", remedy, but=OSError), open(path, encoding="utf-8") as f:
         return {**json.load(f)}
 
 # -----------------------------------------------------------------------------
@@ -643,8 +643,8 @@ def find_text(record, field, where):
 
 # A cut stands before a space or newline that follows a non-space: no match of GPT-2's pattern reaches across, and
 # neither side's matches depend on the other, so the tokens are those of the uncut text. Other tokenizers put a space
-# before any text, or have a token of a full stop and the line's end: for those no document is cut, whatever memory that
-# takes. Yields (start, text), at least once.
+# before any text, or have a token of a full stop and the line's end: for those no document is cut. A worker's memory is
+# then that of the longest document, about 200 bytes a character. Yields (start, text), at least once.
 def cut_document(document, is_cut):
     stream = io.StringIO(document, newline="") if isinstance(document, str) else document
     start = 0
@@ -1037,18 +1037,20 @@ def group_texts(items):
 
 # Yields finished tasks in the source's order, from the text on in which a shard ended: `end` is the manifest's entry.
 def tokenize_in_order(source, tokenizer, end, workers, context):
-    context = multiprocessing.get_context(context)
     # Begun by the first worker, it would let Ctrl-C through.
     multiprocessing.resource_tracker.ensure_running()
     # To unpickle takes a tenth of the time that making one does.
     pickled = pickle.dumps(tokenizer)
     started = []
     tasks = collections.deque()
+    first = Place(*end["place"])
+    # Where a shard ends within a document all the same, an older version cut it, and its rest is found by cutting.
+    is_cut = tokenizer.allows_cuts or first.char > 0
     try:
-        for places, texts in group_texts(source.texts(Place(*end["place"]), end["state"], tokenizer.allows_cuts)):
+        for places, texts in group_texts(source.texts(first, end["state"], is_cut)):
             # As they are needed: a short source takes but one.
             if len(started) < workers:
-                started.append(Worker(context))
+                started.append(Worker(multiprocessing.get_context(context)))
             # One slow task must not let the others run far ahead: their tokens would pile up in memory.
             worker = multiprocessing.connection.wait(started if len(tasks) < 8 * workers else [tasks[0].worker])[0]
             worker.task.answer = worker.attempt(worker.connection.recv)
@@ -1162,9 +1164,9 @@ def own_manifest(folder):
     if manifest is not None:
         problem = f"{folder}/manifest.json: not one of fineweb.py's"
         with explaining(problem, "move it away, or choose another folder"):
-            found = [manifest["settings"].keys(), manifest["vocab_size"] + 0, manifest["complete"]]
+            used = [manifest["settings"].keys(), manifest["vocab_size"] + 0, manifest["complete"]]
             for shard in manifest["shards"]:
-                found += [shard["name"], shard["tokens"] + 0, shard["sha256"].lower(), shard["end"]]
+                used += [shard["name"], shard["tokens"] + 0, shard["sha256"].lower(), shard["end"]]
             assert manifest["tokens"] == sum(shard["tokens"] for shard in manifest["shards"]), "wrong sum"
     return manifest
 
