@@ -318,7 +318,7 @@ class FolderTokenizer:
             raise UserError(f"{self.name}: no end-of-text token; set eos_token in tokenizer_config.json")
         # Unigram and WordLevel models have these among their pieces, where no setting keeps a text from matching them.
         for token in filter(None, (self.tokenizer.eos_token, self.tokenizer.bos_token)):
-            if self.tokenizer.convert_tokens_to_ids(token) in self.encode(f"a {token} {token}a"):
+            if self.tokenizer.convert_tokens_to_ids(token) in self.encode(f"a{token} {token} {token}a"):
                 raise UserError(f"{self.name}: {token!r} in a text would become this special token; take a tokenizer "
                                 "of another kind, such as BPE, or other special tokens")
 
@@ -374,7 +374,7 @@ def get_tokenizer(name):
 
 
 def new_tokenizer(name):
-    """`get_tokenizer` for new shards and new models. Raises UserError where ids do not fit a shard's 16 bits."""
+    # For new shards and new models: the ids must fit a shard's 16 bits.
     tokenizer = get_tokenizer(name)
     if tokenizer.vocab_size > 65536:
         raise UserError(f"--tokenizer {name}: has {tokenizer.vocab_size} ids, shards hold 65536")
@@ -580,8 +580,8 @@ class Config:
     out: str = DEFAULT_OUT  # folder for the shards
     shard_size: int = 100_000_000  # tokens in a shard, two bytes of memory each
     max_tokens: int | None = None  # stop after this many tokens
-    # As many as taskset, Slurm or a container leave to this process; a Mac does not tell.
-    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # that tokenize
+    # processes that tokenize
+    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     verify: str | None = None  # check every shard of this folder against its manifest, and do nothing else
 
     def __post_init__(self):

@@ -665,7 +665,7 @@ def save_tokenizer(kind, folder, text):
     return fineweb.get_tokenizer(str(folder))
 
 
-KINDS = ["WordPiece", "Metaspace first", "Metaspace always", "Llama 2", "GPT-2", "add_prefix_space", "full stops with lines"]
+KINDS = ["Metaspace first", "Metaspace always", "Llama 2", "GPT-2", "add_prefix_space", "full stops with lines"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -693,7 +693,7 @@ def test_special_tokens_in_a_text_are_text(kind, tmp_path):
 
 
 @pytest.mark.parametrize("special", ["</s>", "<s>"])
-@pytest.mark.parametrize("kind", ["Unigram", "WordLevel"])
+@pytest.mark.parametrize("kind", ["Unigram", "WordLevel", "WordPiece"])
 def test_a_tokenizer_whose_special_tokens_a_text_can_make_is_refused(kind, special, tmp_path):
     """Its vocabulary has them as pieces, which no setting changes: a text could end documents."""
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": f"the {special} end"}))
@@ -710,8 +710,8 @@ def test_a_tokenizer_whose_special_tokens_a_text_can_make_is_refused(kind, speci
 
 def test_an_end_of_text_token_that_is_ordinary_text_is_refused(tmp_path):
     from transformers import AutoTokenizer
-    (tmp_path / "a.txt").write_text("to be . " * 50)
-    save_tokenizer("WordPiece", tmp_path / "tok", "to be . or not")
+    (tmp_path / "a.txt").write_text("to be. " * 50)
+    save_tokenizer("GPT-2", tmp_path / "tok", "to be . or not")
     tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "tok"))
     tokenizer.eos_token = "."
     tokenizer.save_pretrained(str(tmp_path / "tok"))
@@ -719,7 +719,7 @@ def test_an_end_of_text_token_that_is_ordinary_text_is_refused(tmp_path):
     assert "tok: '.' in a text would become this special token; take " in said
 
 
-@pytest.mark.parametrize("kind", ["GPT-2", "Metaspace first", "WordPiece"])
+@pytest.mark.parametrize("kind", ["GPT-2", "Metaspace first"])
 def test_bytes_of_added_tokens_that_are_not_ascii(kind, tmp_path):
     text = "to be naïve " + "日本語 🙂 na\u00efve " * 3 + "or not to be"
     save_tokenizer(kind, tmp_path / "tok", (ROOT / "input.txt").read_text()[:30_000] + text)

@@ -900,7 +900,8 @@ def state_of(pid):
 def test_a_worker_killed_at_any_moment_ends_the_build(tmp_path):
     """Also while it writes a result that is longer than a pipe holds, which the parent can then never read to its end:
     at first where the parent is stopped until the worker cannot write any more, then at moments all over the work."""
-    (tmp_path / "book.txt").write_text("\n".join(make_documents(4000, seed=8)))
+    (tmp_path / "book.txt").write_text("\n".join(make_documents(12000, seed=8)))
+    told = 0
     for number, moment in enumerate(["its pipe is full"] * 2 + [0.03 * i for i in range(8)]):
         said = tmp_path / f"said{number}"
         process = multiprocessing.get_context("fork").Process(
@@ -912,15 +913,16 @@ def test_a_worker_killed_at_any_moment_ends_the_build(tmp_path):
             if moment == "its pipe is full":
                 time.sleep(0.2)
                 os.kill(process.pid, signal.SIGSTOP)
-                worker = forked_workers(process.pid)[number % 2]
+                workers = forked_workers(process.pid)[number % 2:]
                 waited = 0
-                while waited < 50:  # 50 ms in a row: it does not only wait for a core
-                    waited = waited + 1 if state_of(worker) == "S" else 0
+                while workers and waited < 50:  # 50 ms in a row: it does not only wait for a core
+                    waited = waited + 1 if state_of(workers[0]) == "S" else 0
                     time.sleep(0.001)
             else:
                 time.sleep(moment)
-                worker = forked_workers(process.pid)[-1]
-            os.kill(worker, signal.SIGKILL)
+                workers = forked_workers(process.pid)
+            for worker in workers[:1]:
+                os.kill(worker, signal.SIGKILL)
             os.kill(process.pid, signal.SIGCONT)
             process.join(20)
             assert process.exitcode == 0, f"it hangs: worker killed at {moment}"
@@ -929,7 +931,12 @@ def test_a_worker_killed_at_any_moment_ends_the_build(tmp_path):
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
             process.join()
-        assert said.read_text().startswith("a worker process died, perhaps for lack of memory; the same command")
+        if said.exists():
+            told += 1
+            assert said.read_text().startswith("a worker process died, perhaps for lack of memory; the same command")
+        else:  # all that it had to do was in its pipe: nothing is lost
+            fineweb.verify(tmp_path / f"out{number}")
+    assert told >= 5, told
 
 
 @pytest.mark.parametrize("guard", [True, False])
