@@ -316,7 +316,8 @@ class FolderTokenizer:
         self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
         if self.eot is None:
             raise UserError(f"{self.name}: no end-of-text token; set eos_token in tokenizer_config.json")
-        # Unigram and WordLevel models have these among their pieces, where no setting keeps a text from matching them.
+        # Unigram, WordLevel and some WordPiece models have these among their pieces, where no setting keeps a text from
+        # matching them.
         for token in filter(None, (self.tokenizer.eos_token, self.tokenizer.bos_token)):
             if self.tokenizer.convert_tokens_to_ids(token) in self.encode(f"a{token} {token} {token}a"):
                 raise UserError(f"{self.name}: {token!r} in a text would become this special token; take a tokenizer "

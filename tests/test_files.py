@@ -637,7 +637,7 @@ def save_tokenizer(kind, folder, text):
     sizes = {"vocab_size": 600, "special_tokens": special}
     if kind == "Unigram":
         tokenizer, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(**sizes, unk_token="<unk>")
-    elif kind == "WordPiece":
+    elif kind in ("WordPiece", "WordPiece by spaces"):
         tokenizer, trainer = Tokenizer(models.WordPiece(unk_token="<unk>")), trainers.WordPieceTrainer(**sizes)
     elif kind == "WordLevel":
         tokenizer, trainer = Tokenizer(models.WordLevel(unk_token="<unk>")), trainers.WordLevelTrainer(**sizes)
@@ -645,6 +645,8 @@ def save_tokenizer(kind, folder, text):
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
         trainer = trainers.BpeTrainer(**sizes, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if kind == "WordPiece":
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # it takes "</s>" in a text apart
     if kind in ("Unigram", "Metaspace first", "Metaspace always"):
         scheme = "first" if kind == "Metaspace first" else "always"
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=scheme == "always")
@@ -665,7 +667,7 @@ def save_tokenizer(kind, folder, text):
     return fineweb.get_tokenizer(str(folder))
 
 
-KINDS = ["Metaspace first", "Metaspace always", "Llama 2", "GPT-2", "add_prefix_space", "full stops with lines"]
+KINDS = ["WordPiece", "Metaspace first", "Metaspace always", "Llama 2", "GPT-2", "add_prefix_space", "full stops with lines"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -693,7 +695,7 @@ def test_special_tokens_in_a_text_are_text(kind, tmp_path):
 
 
 @pytest.mark.parametrize("special", ["</s>", "<s>"])
-@pytest.mark.parametrize("kind", ["Unigram", "WordLevel", "WordPiece"])
+@pytest.mark.parametrize("kind", ["Unigram", "WordLevel", "WordPiece by spaces"])
 def test_a_tokenizer_whose_special_tokens_a_text_can_make_is_refused(kind, special, tmp_path):
     """Its vocabulary has them as pieces, which no setting changes: a text could end documents."""
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": f"the {special} end"}))
@@ -719,7 +721,7 @@ def test_an_end_of_text_token_that_is_ordinary_text_is_refused(tmp_path):
     assert "tok: '.' in a text would become this special token; take " in said
 
 
-@pytest.mark.parametrize("kind", ["GPT-2", "Metaspace first"])
+@pytest.mark.parametrize("kind", ["GPT-2", "Metaspace first", "WordPiece"])
 def test_bytes_of_added_tokens_that_are_not_ascii(kind, tmp_path):
     text = "to be naïve " + "日本語 🙂 na\u00efve " * 3 + "or not to be"
     save_tokenizer(kind, tmp_path / "tok", (ROOT / "input.txt").read_text()[:30_000] + text)
