@@ -39,7 +39,7 @@ def test_one_file_counts_once(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "one/only.txt").write_text("To be, or not to be")
     out, _ = run("fineweb.py", "--files", tmp_path / "one", "--out", tmp_path / "only", "--tokenizer", "byte", "--workers", 1)
-    assert out.startswith("1 document, 20 tokens, 1 shard, ")
+    assert out.startswith("1 document, 20 tokens, 2 shards, ")
     texts = [(tmp_path / f"{name}.txt").read_text() for name in ("a", "b")]
     assert sorted(tokens_of(tmp_path / "shards")) == sorted(expected_stream(texts))
 
