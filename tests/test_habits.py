@@ -262,7 +262,7 @@ def test_ctrl_c_that_ends_the_reader_too_saves(tmp_path):
     time.sleep(11)  # the bar is written every ten seconds where it is no terminal
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    process.wait(timeout=60)
+    process.wait(timeout=600)
     step = len(losses(tmp_path / "log"))
     assert (tmp_path / f"log/step_{step:06d}/train_state.pt").exists()
 
