@@ -28,7 +28,7 @@ from typing import Literal
 
 # Threads that wait sleep sooner, for the sake of busy machines: train_gpt2.py says why, and with what figures.
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
 import torch.distributed as dist
@@ -333,6 +333,7 @@ def check_device(name):
     remedy = "install a build for this chip (https://pytorch.org/get-started/previous-versions), or add --device cpu"
     with explaining(f"--device {name}: this PyTorch cannot use it", remedy, kind=RunFailed):
         torch.ones(1, device=name).add(1).item()
+    return name
 
 
 def pick_dtype(name, device_type, matmul, without_bfloat16=torch.float32):
@@ -460,8 +461,7 @@ def main(argv):
     flags = parse_flags(Flags, argv, prog="hellaswag.py", description=__doc__.strip().split("\n")[0])
     if flags.limit < 0:
         raise UserError(f"--limit {flags.limit}: 0 means all, else a number of examples")
-    device = pick_device(flags.device)
-    check_device(device)
+    device = check_device(pick_device(flags.device))
     examples = load_examples(flags.data, flags.limit)
     model, encode = open_model(flags.model, flags.style, flags.dtype, device)
     started = time.perf_counter()

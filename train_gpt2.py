@@ -38,13 +38,13 @@ from types import SimpleNamespace
 from typing import Literal
 
 # Threads that wait for one another spin before they sleep. libgomp's 3 ms of it are as long as a turn on a busy core,
-# and the thread that is waited for does not get that turn: on two cores, a step of `tiny` took 3.8 times as long beside
-# another run as alone, and up to 36 times beside two busy programs. With 10,000 turns of the spinning loop (0.15 ms) it
-# takes 2.5 and at most 4 times as long. Not fewer turns, since a sleep costs 0.04 ms: of the 1,400 waits of a step 35
-# now sleep, and a run alone is 1% slower; with no spinning it would be 50%. libgomp reads this once, when torch loads
-# it; the OpenMP of macOS and of Windows does not read it.
+# and the thread that is waited for does not get that turn: on two cores beside one busy program a step of `tiny` took
+# 3.2 times as long as alone, and 49 times where that program ran in another session. With 2,000 turns of the spinning
+# loop (0.03 ms) it takes 2.2 and 2.6 times, and a run alone is no slower; a sleep costs 0.04 ms, so that with 300 turns
+# it is slower by a fifth, with none by half. libgomp reads this once, when torch loads it; the OpenMP of macOS and of
+# Windows does not read it. One thread alone would take 1.5 times as long whatever the neighbours do, also without any.
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import numpy as np
 import torch

@@ -7,8 +7,8 @@ from conftest import log_lines, spawn, wait_for
 
 
 @pytest.mark.parametrize("script,env,count", [
-    ("train_gpt2.py", {}, "10000"),
-    ("hellaswag.py", {}, "10000"),
+    ("train_gpt2.py", {}, "2000"),
+    ("hellaswag.py", {}, "2000"),
     ("train_gpt2.py", {"GOMP_SPINCOUNT": "7"}, "7"),
     ("hellaswag.py", {"OMP_WAIT_POLICY": "PASSIVE"}, "0"),
 ], ids=["train", "hellaswag", "the user's count", "the user's policy"])
