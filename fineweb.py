@@ -304,11 +304,11 @@ class FolderTokenizer:
     """The tokenizer of a Transformers model folder. Special tokens in the text are text, and none are added."""
     allows_cuts = False
 
-    def __init__(self, folder):
+    def __init__(self, folder, name=None):
         from transformers import AutoTokenizer
-        self.name = str(folder)
-        with explaining(f"{self.name}: no Transformers tokenizer opens"):
-            self.tokenizer = AutoTokenizer.from_pretrained(self.name, local_files_only=True)
+        self.name = str(name or folder)
+        with explaining(f"{folder}: no Transformers tokenizer opens"):
+            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         if not self.tokenizer.is_fast:
             raise UserError(f"{self.name}: a tokenizer written in Python; only those of a tokenizer.json will do")
         self.eot = self.tokenizer.eos_token_id
@@ -360,8 +360,9 @@ class FolderTokenizer:
         self.tokenizer.save_pretrained(folder)
 
 
-def get_tokenizer(name):
-    """The tokenizer "gpt2" or "byte", or that of a folder with Transformers' files. Raises UserError."""
+def get_tokenizer(name, folder=None):
+    """The tokenizer "gpt2" or "byte", or of a folder with Transformers' files. Raises UserError."""
+    # `folder`: where the files are, if they are no longer in the folder `name`.
     # It has name, eot (the id of end-of-text), vocab_size, encode(text) -> list of ids, decode(ids) -> str with invalid
     # UTF-8 replaced, token_bytes() -> for each id the bytes of UTF-8 that it stands for, 0 for special ones, and
     # save_pretrained(folder). Special tokens written in a text are ordinary text.
@@ -369,8 +370,8 @@ def get_tokenizer(name):
         return GPT2Tokenizer()
     if name == "byte":
         return ByteTokenizer()
-    if os.path.isdir(name):
-        return FolderTokenizer(name)
+    if os.path.isdir(folder or name):
+        return FolderTokenizer(folder or name, name)
     raise UserError(f"tokenizer {str(name)!r}: not gpt2, byte, or a folder with a tokenizer in it")
 
 
@@ -399,9 +400,7 @@ def shard_tokenizer(folder):
 def open_shard_tokenizer(folder):
     name = shard_tokenizer(folder)
     copy = os.path.join(folder, "tokenizer")
-    tokenizer = get_tokenizer(copy if os.path.isdir(copy) else name)
-    tokenizer.name = name
-    return tokenizer
+    return get_tokenizer(name, copy if os.path.isdir(copy) else None)
 
 
 # For `open_shard_tokenizer`. By a rename: whole or not at all. A copy without shards is replaced.

@@ -928,7 +928,7 @@ class Run:
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.train_data, self.val_data = open_data(setup.data, tokenizer, model.config)
         self.batch_size, self.micro_steps = split_batch(self, state["batch_size"])
-        self.ddp = model_to_train(self)
+        self.ddp, self.is_compiled = model_to_train(self)
         self.optimizers = make_optimizers(model, recipe, world.device_type)
         self.scaler = torch.amp.GradScaler(world.device_type, enabled=self.dtype == torch.float16)
         self.load_state_dict(state)
@@ -1284,7 +1284,8 @@ def largest_batch(model, sizes, world, dtype):
     copies = None
     for size in reversed(sizes):
         try:
-            copies = copies or [torch.empty_like(p) for p in model.parameters() for _ in range(3 + world.distributed)]
+            num_copies = 4 if world.distributed else 3
+            copies = copies or [torch.empty_like(p) for p in model.parameters() for _ in range(num_copies)]
             x = torch.zeros(size, model.config.block_size, dtype=torch.long, device=world.device)
             with autocast(world.device_type, dtype):
                 model(x, x).backward()
@@ -1305,17 +1306,17 @@ def is_out_of_memory(error):
 
 def model_to_train(run):
     system, world = run.config.system, run.world
-    run.is_compiled = system.compile and world.device_type != "mps"
-    if run.is_compiled:
+    is_compiled = system.compile and world.device_type != "mps"
+    if is_compiled:
         try:
             torch.compile(torch.sin)(torch.zeros(8, device=world.device))
             # Norms and GELUs are recomputed but on a GPU of 40 GB or more.
             run.model.compile_blocks(recompute=world.device_type == "cpu" or torch.cuda.mem_get_info()[1] < 40e9)
         except Exception as error:  # no C++ compiler, no Triton, an unknown chip, ...
-            run.is_compiled = False
+            is_compiled = False
             run.notes.append(f"training uncompiled, slower, for the compiler does not work here ({one_line(error)})")
     if not world.distributed:
-        return run.model
+        return run.model, is_compiled
     # There are no unused parameters. But DDP orders its buckets anew after a process's first step, as the gradients
     # arrived, unless it looks for unused ones: a resumed run would add up in another order than the whole one. To look
     # costs another small all-reduce a step, so a GPU does it only where bits are promised.
@@ -1325,7 +1326,7 @@ def model_to_train(run):
                                               find_unused_parameters=keeps_buckets)
     # Not an argument: PyTorch 2.13 warns of it, and its new name is none that 2.11 knows.
     ddp.broadcast_buffers = False  # rotary tables and masks never change
-    return ddp
+    return ddp, is_compiled
 
 
 def print_summary(run):
@@ -1594,9 +1595,7 @@ def load_checkpoint(folder):
     # Its folder, state, config, model and tokenizer.
     state, config = load_state(folder)
     model = GPT.from_pretrained(folder)
-    name = config.setup.tokenizer
-    tokenizer = fineweb.get_tokenizer(name if name in ("gpt2", "byte") else str(folder))
-    tokenizer.name = name
+    tokenizer = fineweb.get_tokenizer(config.setup.tokenizer, folder)
     return SimpleNamespace(folder=folder, state=state, config=config, model=model, tokenizer=tokenizer)
 
 

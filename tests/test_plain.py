@@ -150,6 +150,16 @@ def test_a_preset_is_the_same_in_both(preset):
         assert settings[name] == pytest.approx(values[name]), name
 
 
+@pytest.mark.parametrize("preset", ["gpt2", "modern", "tiny"])
+def test_rates_and_momentum_of_whole_runs_are_the_same(preset):
+    """Of which thirty steps show the beginning alone."""
+    schedule = train_gpt2.TrainConfig().update(train_gpt2.PRESETS[preset]).schedule
+    settings = plain_gpt2.PRESETS[preset]
+    for step in range(0, schedule.max_steps, 7):
+        assert train_gpt2.learning_rate(step, schedule) == pytest.approx(plain_gpt2.learning_rate(step, settings), rel=1e-9)
+        assert train_gpt2.muon_momentum(step, schedule) == pytest.approx(plain_gpt2.muon_momentum(step, settings), rel=1e-12)
+
+
 def test_the_twin_runs_alone(tmp_path):
     done = subprocess.run([sys.executable, TWIN, "tiny", "3"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
