@@ -8,11 +8,10 @@ $ torchrun --standalone --nproc_per_node=8 train_gpt2.py --resume  # ... and on 
 $ python train_gpt2.py sample --checkpoint log/latest --prompt "ROMEO:"
 $ python train_gpt2.py eval --checkpoint log/latest
 $ python train_gpt2.py plot --out_dir log
-
-The way in is tests/plain_gpt2.py: the same training in 300 plain lines, which a test holds to the same losses.
-The training script proper: config and presets · model · data · optimizer and schedule · training · starting a run.
-What serves it: evaluation and samples · checkpoints and the log · processes · Transformers' formats · commands.
 """
+# The way in is tests/plain_gpt2.py: the same training in 300 plain lines, which a test holds to the same losses.
+# The training script proper: config and presets · model · data · optimizer and schedule · training · starting a run.
+# What serves it: evaluation and samples · checkpoints and the log · processes · Transformers' formats · commands.
 
 import contextlib
 import ctypes
@@ -123,8 +122,10 @@ class GPTConfig(ModelFlags):
 
 @dataclass
 class SetupFlags:
-    # a model with its recipe, which any other flag overrides; None: gpt2 for shards, tiny for a text file
+    # a model and its recipe, which other flags override; None: gpt2 for shards, tiny for a text file
     preset: Literal["tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "modern"] | None = None
+    # in place of a preset: so many layers and heads of 64 channels, modern's parts, and all else to match
+    depth: int | None = None
     # a folder of shards or a UTF-8 text file (its last 10% validates); None: edu_fineweb10B/ if there, else input.txt
     data: str | None = None
     tokenizer: str = "gpt2"  # for a text file: gpt2, byte, or a folder with a tokenizer; shards name their own
@@ -222,7 +223,7 @@ NO_LIMIT = 10**9  # steps
 
 # the least and the most that numbers may be; those not named here: 0 and 1e15
 LEAST = dict(n_layer=1, n_head=1, n_kv_head=1, n_embd=1, block_size=1, vocab_size=1, total_batch_size=1, max_steps=1,
-             eval_tokens=1, batch_size=1, num_samples=1)
+             eval_tokens=1, batch_size=1, num_samples=1, depth=1)
 MOST = dict(dropout=0.9999, beta1=0.9999, beta2=0.9999, decay_fraction=1)
 
 
@@ -246,9 +247,8 @@ def must_divide(name, part, whole_name, whole):
 # stream, norms and loss stay in float32. A stream in bfloat16 would save 19 GB of traffic in a micro-step of GPT-2 124M
 # (counted on a simulated H100, perhaps 5% of its time), but others needed 1.3% more steps with it: not tried here.
 
+# Rotary position embedding (Su et al. 2021), channel i paired with channel i + head_dim/2 as in Llama.
 class Rotary(nn.Module):
-    """Rotary position embedding (Su et al. 2021), channel i paired with channel i + head_dim/2 as in Llama."""
-
     def __init__(self, config):
         super().__init__()
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
@@ -281,13 +281,9 @@ def sdpa(q, k, v, **options):
     options["enable_gqa"] = k.size(1) < q.size(1)
     # A CPU's backward pass in bfloat16 takes 0.2 ms a head, however short the text.
     if is_cpu and q.size(2) <= 256 and q.requires_grad and compute_dtype(q) == torch.bfloat16:
-        return sdpa_in_float32(q, k, v, **options)
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).type_as(q)
     return F.scaled_dot_product_attention(q, k, v, **options)
-
-
-def sdpa_in_float32(q, k, v, **options):
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).type_as(q)
 
 
 def has_flash_attention(q):
@@ -307,15 +303,14 @@ def full_attention(q, k, v, dropout):
     return [sdpa(q, k, v, is_causal=True, dropout_p=dropout)]
 
 
-# Windows, of tokens that a position sees. One call of flash attention where a GPU has it: no mask, no copies, at T=8192
-# as much memory as without a window (GPT-2 124M, B=2, simulated: 7.66 GiB; by blocks 8.99, of copied keys and values).
-# It has no dropout, no float32 and no CPU: there the queries go in blocks, 2.5 times as fast as without a window at
-# T=8192 on a CPU. One mask over all T x T pairs would be simpler, but costs what the window is to save.
+# Windows: causal attention to the last `window` tokens, itself included, in O(T * window). One call of flash attention
+# where a GPU has it: no mask, no copies, at T=8192 as much memory as without a window (GPT-2 124M, B=2, simulated: 7.66
+# GiB; by blocks 8.99, of copied keys and values). It has no dropout, no float32 and no CPU: there the queries go in
+# blocks, 2.5 times as fast as without a window at T=8192 on a CPU. One mask over all T x T pairs would be simpler, but
+# costs what the window is to save.
 # The first block and the rest stay two tensors until after the projection: joined here they are copied and kept for the
 # backward pass once more (2.19 GB for 1.82, T=8192 on a CPU).
 class WindowAttention(nn.Module):
-    """Causal attention to the last `window` tokens, itself included, in O(T * window)."""
-
     def __init__(self, window):
         super().__init__()
         self.window = window
@@ -350,9 +345,8 @@ class WindowAttention(nn.Module):
         return y.unflatten(0, (B, T)).transpose(1, 2)
 
 
+# The keys and values of one layer, (B, n_kv_head, tokens, head_dim) each; of the last `window` tokens only.
 class LayerCache:
-    """The keys and values of one layer, (B, n_kv_head, tokens, head_dim) each; of the last `window` tokens only."""
-
     def __init__(self, window):
         self.window = window
         self.num_tokens = 0
@@ -416,7 +410,6 @@ class MLP(nn.Module):
 
 class SwiGLU(MLP):
     # Shazeer 2020.
-
     def __init__(self, config):
         super().__init__(config)
         self.c_gate = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
@@ -482,7 +475,6 @@ def chunk_of_loss(x, head, target, vocab_size, needs_grad):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, hidden, weight, targets, vocab_size, num_chunks, chunk_of_loss, needs_grad):
         """hidden (N, C), weight (padded_vocab_size, C), targets (N,) -> nats. needs_grad: in here it is always off."""
@@ -708,7 +700,6 @@ def permutation(n, *key):
 
 class Corpus:
     """A split's tokens in windows of block_size. `shards`: paths, or arrays. Raises UserError naming a damaged one."""
-
     def __init__(self, shards, block_size, vocab_size, name):
         self.shards, self.name = shards, name
         self.block_size, self.vocab_size = block_size, vocab_size
@@ -817,7 +808,6 @@ class BatchedMuon(torch.optim.Muon):
     # Why not torch's as it is: matrix by matrix it launches 1,380 kernels a step for the 60 of GPT-2 124M; this takes
     # all matrices of one shape at a time and launches 100. To share them out among ranks would save at most 2% of a
     # step on eight A100s, less the gather of all updates.
-
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -899,7 +889,6 @@ NEW_RUN = dict(step=0, skipped=0, seconds=0.0, timed_steps=0, total_seconds=0.0,
 
 class Run:
     # A training run, new or resumed, as a command line asks for it. Raises UserError.
-
     def __init__(self, argv, world):
         flags, given = read_flags(argv)
         # Locked before anything in it is read: a run that ends meanwhile would save a checkpoint newer than the one
@@ -913,7 +902,7 @@ class Run:
             config, self.notes = resumed_config(flags, given, checkpoint.config), []
             model, tokenizer, state = checkpoint.model, checkpoint.tokenizer, NEW_RUN | checkpoint.state
         else:
-            config, self.notes = flags, complete_config(flags, given)
+            config, self.notes = flags, complete_config(flags, given, world.size)
             (model, tokenizer), state = new_model(flags), NEW_RUN
         setup, recipe, system, evaluation = config.setup, config.recipe, config.system, config.evaluation
         world.use_device(system.device, system.deterministic)
@@ -1119,7 +1108,6 @@ def collect_garbage(step, first_step):
 
 class StopRequest:
     # Notes the signals of users (SIGINT), closing terminals (SIGHUP) and clusters; the loop ends after its step.
-
     def __init__(self):
         self.time = self.number = 0  # of the first signal
         self.was_suspended = False  # since the last step
@@ -1160,8 +1148,7 @@ FORMER_FLAGS = {"loss_chunks", "momentum_warmup_steps"}  # in older checkpoints;
 
 # tyro does not tell them.
 def flags_given(argv):
-    words = [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
-    return {word.removeprefix("no_") for word in words}
+    return {word[2:].split("=")[0].replace("-", "_").removeprefix("no_") for word in argv if word.startswith("--")}
 
 
 def read_flags(argv):
@@ -1190,20 +1177,15 @@ def resumed_config(flags, given, config):
     return config
 
 
-def complete_config(config, given):
+def complete_config(config, given, num_devices=1):
     # Gives the flags of a new run that were left alone their values. Returns notes for the user.
     setup, schedule, notes = config.setup, config.schedule, []
     setup.data = find_data(setup.data)
     has_shards = os.path.isdir(setup.data)
-    setup.preset = setup.preset or ("gpt2" if has_shards else "tiny")
-    config.update(PRESETS[setup.preset], keep=given)
-    if schedule.max_minutes:
-        notes.append(f"warm-up takes {schedule.warmup_steps} steps (--warmup_steps), at most a tenth of --max_minutes")
-        if "max_steps" not in given:
-            schedule.max_steps = NO_LIMIT
-    if schedule.warmup_steps > schedule.max_steps // 10 and "warmup_steps" not in given:
-        schedule.warmup_steps = schedule.max_steps // 10
-        notes.append(f"--warmup_steps {schedule.warmup_steps}: shortened to a tenth of the run")
+    if setup.depth and (setup.preset or setup.init_from != "scratch"):
+        raise UserError(f"--depth {setup.depth} is a new model with a recipe: leave out --preset and --init_from")
+    setup.preset = setup.preset or ("modern" if setup.depth else "gpt2" if has_shards else "tiny")
+    config.update(PRESETS[setup.preset] | ({"tokenizer": "byte"} if setup.depth else {}), keep=given)
     if setup.init_from != "scratch":
         shape_flags = given & {flag.name for flag in fields(ModelFlags)} - {"dropout", "block_size"}
         if shape_flags:
@@ -1213,15 +1195,49 @@ def complete_config(config, given):
         wanted, setup.tokenizer = setup.tokenizer, fineweb.shard_tokenizer(setup.data)
         if "tokenizer" in given and wanted != setup.tokenizer:
             raise UserError(f"--tokenizer {wanted}: {setup.data} holds {setup.tokenizer} tokens")
+    if setup.depth:
+        derived = recipe_of_depth(config, given, num_devices)
+        config.update(derived, keep=given)
+        chosen = [f"--{name} {value}" for name, value in derived.items() if name not in given and value != NO_LIMIT]
+        notes.append(f"by --depth {setup.depth}: {' '.join(chosen)}")
+    if schedule.max_minutes:
+        notes.append(f"warm-up takes {schedule.warmup_steps} steps (--warmup_steps), at most a tenth of --max_minutes")
+        if "max_steps" not in given:
+            schedule.max_steps = NO_LIMIT
+    if schedule.warmup_steps > schedule.max_steps // 10 and "warmup_steps" not in given:
+        schedule.warmup_steps = schedule.max_steps // 10
+        notes.append(f"--warmup_steps {schedule.warmup_steps}: shortened to a tenth of the run")
     return notes
+
+
+# TODO why
+def recipe_of_depth(config, given, num_devices):
+    values = {name: value for name, value in config.flat().items() if name in given}
+    depth, vocab_size = config.setup.depth, data_tokenizer(config.setup).vocab_size
+    n_layer, n_embd = values.get("n_layer", depth), values.get("n_embd", 64 * depth)
+    unit = num_devices * values.get("block_size", 256 if vocab_size < 1000 else 1024)
+    tokens = 10.5 * (12 * n_layer * n_embd**2 + vocab_size * n_embd)
+    usual_batch = 4096 * 2 ** max(0, int(0.383 * math.log2(tokens / 2**21)))
+    batch = values.get("total_batch_size", math.ceil(usual_batch / unit) * unit)
+    steps = values.get("max_steps", math.ceil(tokens / batch))
+    every = math.ceil(steps / 10)
+    return dict(tokenizer=config.setup.tokenizer, n_layer=depth, n_head=n_embd // 64 or 1, n_embd=n_embd,
+                lr=float(f"{0.77 / n_embd * min(4, math.sqrt(batch / usual_batch)):.2g}"), total_batch_size=batch,
+                max_steps=NO_LIMIT if config.schedule.max_minutes else steps, block_size=unit // num_devices,
+                warmup_steps=steps // 20, eval_every=every, sample_every=every, checkpoint_every=min(1000, every),
+                eval_tokens=max(65536, int(tokens / 1000)), hellaswag_every=0 if vocab_size < 1000 else steps)
+
+
+def data_tokenizer(setup):
+    has_shards = os.path.isdir(setup.data)
+    return fineweb.open_shard_tokenizer(setup.data) if has_shards else fineweb.new_tokenizer(setup.tokenizer)
 
 
 def new_model(config):
     setup, flags = config.setup, config.model
     torch.manual_seed(config.recipe.seed)
     if setup.init_from == "scratch":
-        has_shards = os.path.isdir(setup.data)
-        tokenizer = fineweb.open_shard_tokenizer(setup.data) if has_shards else fineweb.new_tokenizer(setup.tokenizer)
+        tokenizer = data_tokenizer(setup)
         values = vars(flags) | {"vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
         return GPT(GPTConfig(**values)), tokenizer
     model, tokenizer = open_model(setup.init_from, dropout=flags.dropout, block_size=flags.block_size)
@@ -1337,14 +1353,15 @@ def print_summary(run):
     minutes = run.config.schedule.max_minutes
     lengths = [f"{minutes:g} minutes of training"] if minutes else []
     lengths += [f"{steps:,} steps, {steps * tokens / train:.2f} times through the data"] if steps < NO_LIMIT else []
-    is_new = setup.init_from == "scratch"
-    name = setup.preset if is_new else f"{setup.init_from}, fine-tuned by the recipe of {setup.preset}"
+    name = setup.preset if setup.init_from == "scratch" else f"{setup.init_from}, fine-tuned, recipe {setup.preset}"
+    name = f"depth {setup.depth}" if setup.depth else name
     parts = [flag.name for flag in fields(ModelFlags) if flag.default is False and getattr(run.model.config, flag.name)]
     if model_type_of(run.model.config) == OWN_TYPE:
         run.notes.append("Transformers has no such mixture of parts: only this script will read the checkpoints")
     lines = [
         f"data    {setup.data}: {train:,} tokens to train on, {val:,} to validate, {setup.tokenizer} (--data)",
-        f"model   {name}: {run.model.num_parameters():,} parameters, {' '.join(parts)} (--preset, --init_from)",
+        f"model   {name}: {run.model.num_parameters():,} parameters, {' '.join(parts)} "
+        "(--preset, --depth, --init_from)",
         f"device  {world.size} x {world.device_type}, {str(run.dtype)[6:]}, {compiled} (--device, --dtype, --compile)",
         f"batch   {tokens:,} tokens a step = {world.size} device(s) x {run.micro_steps} micro-step(s) x "
         f"{run.batch_size} sequence(s) x {T} tokens (--total_batch_size, --batch_size)",
@@ -1414,11 +1431,9 @@ def log_end(run):
         "peak_memory_gb": peak_memory(run.world.device_type) / 1e9, "parameters": run.model.num_parameters(),
     }
     run.log.write("done", run.step, **numbers)
-    lines = ["---"]
-    for name, value in numbers.items():
-        if value is not None:
-            lines.append(f"{name + ':':<19}" + (f"{value:.6g}" if isinstance(value, float) else str(value)))
-    run.world.print("\n".join(lines))
+    lines = [f"{name + ':':<19}" + (f"{value:.6g}" if isinstance(value, float) else str(value))
+             for name, value in numbers.items() if value is not None]
+    run.world.print("\n".join(["---", *lines]))
 
 
 def stream_text(model, tokenizer, flags, generator):
@@ -1622,7 +1637,6 @@ def choose_checkpoint(setup, world):
 
 class RunLog:
     # log.jsonl, one object a line, and the trackers beside it. Only rank 0 writes, and knows the validations.
-
     def __init__(self, run):
         self.path = Path(run.config.setup.out_dir, "log.jsonl")
         self.vals = {}  # {step: what log.jsonl holds of its validation}
@@ -1715,8 +1729,7 @@ def check_lost_run(run, path):
 
 def describe_run(run):
     world, config = run.world, run.config
-    on_cuda = world.device_type == "cuda"
-    chip = torch.cuda.get_device_name() if on_cuda else torch.backends.cpu.get_cpu_capability()
+    chip = torch.cuda.get_device_name() if world.device_type == "cuda" else torch.backends.cpu.get_cpu_capability()
     chosen = {"device": world.device, "chip": chip, "world_size": world.size,
               "dtype": str(run.dtype)[6:], "compiled": run.is_compiled, "batch_size": run.batch_size,
               "micro_steps": run.micro_steps, "torch": torch.__version__, "numpy": np.__version__,
@@ -1761,7 +1774,6 @@ def is_log_line(line):
 
 class World:
     # The processes of the run, as torchrun started them; alone without it.
-
     def __init__(self):
         self.distributed = "RANK" in os.environ
         self.rank = int(os.environ.get("RANK", 0))
@@ -1772,9 +1784,8 @@ class World:
                 dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
     def use_device(self, name, deterministic=False):
-        self.device = hellaswag.pick_device(name)  # "cuda:3"
+        self.device = hellaswag.check_device(hellaswag.pick_device(name))  # "cuda:3"
         self.device_type = torch.device(self.device).type  # "cuda"
-        hellaswag.check_device(self.device)
         if self.device_type == "cuda":
             torch.cuda.set_device(self.device)
         if self.device_type == "cpu":
@@ -2071,18 +2082,17 @@ class SampleFlags:
     checkpoint: str = "log/latest"  # a checkpoint, a model folder, or a Hugging Face name (gpt2)
     prompt: str = "\n"  # text to go on from
     num_samples: int = 1  # texts, one after the other
-    max_new_tokens: int = 500  # tokens of each at most; it ends earlier at end-of-text
+    max_new_tokens: int = 500  # tokens of each at most
     temperature: float = 0.8  # 0: always the likeliest token; 1: the model's own spread
     top_k: int = 50  # choose among this many likeliest tokens; 0: all
-    seed: int = 42  # of the choice; the same seed gives the same text
+    seed: int = 42  # the same seed gives the same text
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
 def sample(argv):
     flags = fineweb.parse_flags(SampleFlags, argv, "train_gpt2.py sample", "Writes text with a trained model.")
     check_ranges(vars(flags))
-    device = hellaswag.pick_device(flags.device)
-    hellaswag.check_device(device)
+    device = hellaswag.check_device(hellaswag.pick_device(flags.device))
     model, tokenizer = open_model(flags.checkpoint)
     matmul = (1, model.config.n_embd, model.config.n_hidden)  # one token at a time is seldom faster in bfloat16
     dtype, _ = hellaswag.pick_dtype("auto", torch.device(device).type, matmul, torch.float16)
@@ -2100,7 +2110,7 @@ def sample(argv):
 @dataclass
 class EvalFlags:
     checkpoint: str = "log/latest"  # a checkpoint, a model folder, or a Hugging Face name (gpt2)
-    data: str | None = None  # a folder of shards or a text file, whose validation part is used; None: the run's
+    data: str | None = None  # shards or a text, whose validation part is used; None: the run's
     eval_tokens: int | None = None  # validation tokens to use; None: as many as the run
     hellaswag_data: str | None = None  # HellaSwag's jsonl; None: downloaded
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -2147,10 +2157,10 @@ def plot(argv):
             for name in ("loss", "bpb", "acc_norm"):
                 if line.get(name) is not None:
                     points.setdefault((folder, line["kind"], name), []).append((line["step"], line[name]))
-    gpt2_loss = 3.2924 if has_gpt2s_data else None  # of OpenAI's 124M weights, as below, by build-nanogpt
-    panels = [("val", "loss", "loss, nats a token (faint: training; dots: validation)", gpt2_loss)]
-    if flags.y == "bpb":
-        panels = [("val", "bpb", "validation loss, bits per byte", None)]
+    # OpenAI's 124M weights have this loss, and the accuracy below, by build-nanogpt.
+    gpt2_loss = 3.2924 if has_gpt2s_data and flags.y == "loss" else None
+    labels = {"loss": "loss, nats a token (faint: training; dots: validation)", "bpb": "validation loss, bits per byte"}
+    panels = [("val", flags.y, labels[flags.y], gpt2_loss)]
     if any(kind == "hellaswag" for _, kind, _ in points):
         panels.append(("hellaswag", "acc_norm", "HellaSwag, acc_norm", 0.2955))
     figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")

@@ -242,6 +242,90 @@ def test_a_flag_left_alone_follows_the_preset_and_one_that_was_given_does_not(sm
     assert (config.setup.preset, config.setup.tokenizer, config.schedule.max_steps) == ("gpt2", "byte", 19073)
 
 
+@pytest.mark.parametrize("depth,tokenizer,expected", [
+    # 10.5 tokens for each of 12 depth width^2 + vocabulary x width parameters, written out by hand
+    (2, "byte", dict(n_embd=128, block_size=256, total_batch_size=4096, max_steps=1093, warmup_steps=54, lr=6e-3,
+                     eval_every=110, checkpoint_every=110, eval_tokens=65536, hellaswag_every=0)),
+    (6, "byte", dict(n_embd=384, block_size=256, total_batch_size=16384, max_steps=6868, warmup_steps=343, lr=2e-3,
+                     eval_every=687, checkpoint_every=687, eval_tokens=112512, hellaswag_every=0)),
+    (12, "gpt2", dict(n_embd=768, block_size=1024, total_batch_size=32768, max_steps=39584, warmup_steps=1979, lr=1e-3,
+                      eval_every=3959, checkpoint_every=1000, eval_tokens=1297086, hellaswag_every=39584)),
+    (20, "gpt2", dict(n_embd=1280, block_size=1024, total_batch_size=65536, max_steps=73307, warmup_steps=3665, lr=6e-4,
+                      eval_every=7331, checkpoint_every=1000, eval_tokens=4804222, hellaswag_every=73307))])
+def test_what_follows_from_depth(depth, tokenizer, expected):
+    flags = ["--data", ROOT / "input.txt", *(["--tokenizer", tokenizer] if tokenizer != "byte" else [])]
+    config, (note, *_) = completed("--depth", depth, *flags)
+    values = config.flat()
+    assert {name: values[name] for name in expected} == expected
+    assert values["tokenizer"] == tokenizer and values["n_layer"] == values["n_head"] == depth
+    shape = {name: values[name] for name in vars(config.model)}
+    modern = completed("--preset", "modern", "--data", ROOT / "input.txt")[0]
+    assert shape == vars(modern.model) | dict(n_layer=depth, n_head=depth, n_embd=64 * depth, block_size=values["block_size"])
+    assert (values["optimizer"], values["schedule"], values["min_lr"]) == ("muon", "wsd", 0.0)
+    # What the run says can be given as flags, and gives the same run.
+    by_hand, _ = completed("--preset", "modern", *flags, *note.partition(": ")[2].split())
+    assert by_hand.flat() | {"depth": depth} == values
+
+
+def test_a_given_flag_wins_over_depth_and_the_rest_follows_it(small_shards):
+    def values(*flags, **given):
+        words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+        return completed("--depth", 4, "--data", ROOT / "input.txt", *words, *flags)[0].flat()
+    wins = dict(n_layer=3, n_head=2, n_embd=192, block_size=64, lr=1e-4, weight_decay=0.3, total_batch_size=4096, max_steps=70,
+                warmup_steps=5, eval_every=9, eval_tokens=640, sample_every=8, checkpoint_every=7, hellaswag_every=6, min_lr=1e-5)
+    usual = values()
+    for name, value in wins.items():
+        assert usual[name] != value == values(**{name: value})[name], name
+    other = values("--no_rope", schedule="cosine", dropout=0.1)
+    assert (other["rope"], other["dropout"], other["schedule"]) == (False, 0.1, "cosine")
+    names = "n_head", "lr", "total_batch_size", "max_steps", "eval_every", "warmup_steps"
+    assert [usual[name] for name in names] == [4, 3e-3, 8192, 4117, 412, 205]
+    assert [values(n_embd=512)[name] for name in names] == [8, 1.5e-3, 16384, 8149, 815, 407]  # 10.5 x 12,714,496
+    assert [values(n_layer=2)[name] for name in names] == [4, 3e-3, 8192, 2101, 211, 105]  # 10.5 x 1,638,656
+    assert [values(total_batch_size=4096)[name] for name in names] == [4, 2.1e-3, 4096, 8233, 824, 411]  # sqrt(1/2)
+    assert values(total_batch_size=2**20)["lr"] == 1.2e-2  # no more than four times as much
+    assert [values(max_steps=400)[name] for name in names] == [4, 3e-3, 8192, 400, 40, 20]
+    assert values(block_size=192)["total_batch_size"] == 43 * 192
+    assert values(init_from="scratch") == usual
+    config, _ = completed("--depth", 4, "--data", small_shards)
+    assert config.setup.tokenizer == "byte" and config.model.block_size == 256
+
+
+@pytest.mark.parametrize("devices,batch", [(1, 8192), (3, 11 * 768), (8, 8192)])
+def test_a_depths_batch_divides_among_the_devices(devices, batch):
+    config, given = train_gpt2.read_flags(["--depth", "4", "--data", str(ROOT / "input.txt")])
+    train_gpt2.complete_config(config, given, devices)
+    assert config.recipe.total_batch_size == batch
+
+
+def test_depth_under_a_time_budget():
+    config, (note, *_) = completed("--depth", 4, "--data", ROOT / "input.txt", "--max_minutes", 5)
+    assert config.schedule.max_steps == train_gpt2.NO_LIMIT and config.evaluation.eval_every == 412 and "max_steps" not in note
+    config, (note, *_) = completed("--depth", 4, "--data", ROOT / "input.txt", "--max_minutes", 5, "--max_steps", 50)
+    assert (config.schedule.max_steps, config.schedule.warmup_steps) == (50, 2)
+
+
+def test_depth_counts_the_vocabulary_of_shards(gpt2_shards):
+    shards, text = completed("--depth", 2, "--data", gpt2_shards)[0], completed("--depth", 2, "--data", ROOT / "input.txt")[0]
+    # 10.5 x (393,216 + 50,257 x 128) tokens
+    assert (shards.model.block_size, shards.recipe.total_batch_size, shards.schedule.max_steps) == (1024, 8192, 8750)
+    assert text.schedule.max_steps == 1093
+
+
+def test_a_resumed_run_keeps_what_followed_from_depth(tmp_path, text_file):
+    flags = ["--depth", 2, "--data", text_file, "--block_size", 32, "--total_batch_size", 128, "--device", "cpu", "--no_compile",
+             "--n_embd", 64, "--sample_every", 0, "--eval_tokens", 640, "--out_dir", tmp_path / "log"]
+    out, _ = run("train_gpt2.py", *flags, "--max_steps", 4)
+    assert "depth 2: " in out and "by --depth 2: " in out
+    run("train_gpt2.py", *flags, "--max_steps", 25, "--resume")
+    run("train_gpt2.py", "--resume", "--out_dir", tmp_path / "log", "--max_steps", 40, "--eval_every", 7)
+    configs = log_lines(tmp_path / "log", "config")
+    assert [[config[name] for name in ("max_steps", "eval_every", "warmup_steps")] for config in configs] == [[4, 1, 0], [25, 1, 0], [40, 7, 0]]
+    names = configs[0].keys() - {"step", "chosen", "max_steps", "resume", "eval_every"}
+    assert all({name: config[name] for name in names} == {name: configs[0][name] for name in names} for config in configs)
+    assert "--depth 3" in refused("train_gpt2.py", "--depth", 3, *flags[2:], "--resume")
+
+
 def test_decay_groups():
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=8, vocab_size=70, swiglu=True, qk_norm=True))
     (adamw,) = train_gpt2.make_optimizers(model, RecipeFlags(), "cpu")
@@ -342,6 +426,9 @@ ERRORS = [
     (["--seed", "-1"], "--seed"),
     (["--resume_from", "nowhere"], "nowhere"),
     (["--decay_fraction", "1.5"], "at most 1"),
+    (["--depth", "0"], "--depth 0: must be at least 1"),
+    (["--depth", "2", "--preset", "tiny"], "leave out --preset"),
+    (["--depth", "2", "--init_from", "gpt2"], "leave out --preset and --init_from"),
 ]
 
 
@@ -357,8 +444,9 @@ def test_bad_flags_are_refused(flags, says, tmp_path, text_file):
     assert is_untouched(tmp_path / "log")
 
 
-def test_help_is_quick(capsys):
+def test_help_is_quick(capsys, monkeypatch):
     """About half a second of its own work, counted in calls of Python functions: they are as many on any machine."""
+    monkeypatch.setenv("COLUMNS", "120")  # one group below the other
     calls = collections.Counter()
 
     def count(frame, event, argument):
