@@ -1210,14 +1210,14 @@ def complete_config(config, given, num_devices=1):
     return notes
 
 
-# One number for a whole run, as nanochat has it. What was measured here are rates at depths 2, 4 and 6, of bytes, T=256,
-# in short runs of 512 steps of 4,096 tokens (tests/RESULTS.md, sizes). The rest is others' measure, or an extrapolation:
+# One number for a whole run, as nanochat has it. What was measured here are rates at depths 2, 4 and 6, of bytes,
+# T=256, in short runs of 512 steps of 4,096 tokens (tests/RESULTS.md, sizes); the rest is others' measure or a guess:
 # - tokens: 10.5 for each parameter of the matrices and of the head, nanochat's measure of what makes the best of a
 #   budget of FLOPs (with AdamW it was about 20, Hoffmann et al. 2022).
-# - tokens a step grow with the 0.383th power of all tokens (Bergsma et al. 2025, arXiv 2505.13738), here from the 4,096
-#   of our 2.1 million. nanochat found 524,288 best at depth 12, where this gives 32,768: many GPUs will want more.
-# - the rate is as 1/width: the best of five at depth 2, 6.0e-3, became 2.0e-3 at depth 6 (1.0e-3 costs 0.009 nats), and
-#   at depth 4 3.0e-3 costs 0.008 nats more than the best of four, 1.5e-3, where 6.0e-3 costs 0.024. With another batch
+# - tokens a step grow with the 0.383th power of all tokens (Bergsma et al. 2025, arXiv 2505.13738), here from the
+#   4,096 of our 2.1 million. nanochat found 524,288 best at depth 12, where this gives 32,768: many GPUs want more.
+# - the rate is as 1/width: the best of five at depth 2, 6.0e-3, became 2.0e-3 at depth 6 (1.0e-3 costs 0.009 nats);
+#   at depth 4 3.0e-3 costs 0.008 nats more than the best of four, 1.5e-3, and 6.0e-3 costs 0.024. With another batch
 #   it goes by the square root (Malladi et al. 2022), to four times at most. At depth 12 it is 1.0e-3, and 4.0e-3 with
 #   nanochat's batch, whose own rate is 3.6e-3 in the scale of ours. --optimizer adamw would want another.
 # - ten evaluations, each of a thousandth of the tokens but not fewer than tiny's; HellaSwag at the end.
