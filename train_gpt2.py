@@ -40,8 +40,8 @@ from typing import Literal
 # and the thread that is waited for does not get that turn: on two cores beside one busy program a step of `tiny` took
 # 3.2 times as long as alone, and 49 times where that program ran in another session. With 2,000 turns of the spinning
 # loop (0.03 ms) it takes 2.4 times beside both, and a run alone is no slower; a sleep costs 0.04 ms, so that with 300
-# turns it is slower by a fifth, with none by half. libgomp reads this once, when torch loads it; the OpenMP of macOS and
-# of Windows does not read it. One thread alone would take 1.5 times as long, whatever the neighbours do.
+# turns it is slower by a fifth, with none by half. libgomp reads this once, when torch loads it; the OpenMP of macOS
+# and of Windows does not read it. One thread alone would take 1.5 times as long, whatever the neighbours do.
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
