@@ -38,10 +38,10 @@ from typing import Literal
 
 # Threads that wait for one another spin before they sleep. libgomp's 3 ms of it are as long as a turn on a busy core,
 # and the thread that is waited for does not get that turn: on two cores beside one busy program a step of `tiny` took
-# 3.2 times as long as alone, and 49 times where that program ran in another session. With 2,000 turns of the spinning
-# loop (0.03 ms) it takes 2.4 times beside both, and a run alone is no slower; a sleep costs 0.04 ms, so that with 300
-# turns it is slower by a fifth, with none by half. libgomp reads this once, when torch loads it; the OpenMP of macOS
-# and of Windows does not read it. One thread alone would take 1.5 times as long, whatever the neighbours do.
+# 3.2 times as long as alone, and 49 times where that program ran in another session. With this many turns of the
+# spinning loop (0.03 ms) it takes 2.4 times beside both, and a run alone is no slower; a sleep costs 0.04 ms, so that
+# with a sixth of them it is slower by a fifth, with none by half. libgomp reads this once, when torch loads it; the
+# OpenMP of macOS and of Windows does not read it. One thread alone would take 1.5 times as long, whatever runs beside.
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
@@ -1210,17 +1210,16 @@ def complete_config(config, given, num_devices=1):
     return notes
 
 
-# One number for a whole run, as nanochat has it. What was measured here are rates at depths 2, 4 and 6, of bytes,
-# T=256, in short runs of 512 steps of 4,096 tokens (tests/RESULTS.md, sizes); the rest is others' measure or a guess:
-# - tokens: 10.5 for each parameter of the matrices and of the head, nanochat's measure of what makes the best of a
-#   budget of FLOPs (with AdamW it was about 20, Hoffmann et al. 2022).
-# - tokens a step grow with the 0.383th power of all tokens (Bergsma et al. 2025, arXiv 2505.13738), here from the
-#   4,096 of our 2.1 million. nanochat found 524,288 best at depth 12, where this gives 32,768: many GPUs want more.
-# - the rate is as 1/width: the best of five at depth 2, 6.0e-3, became 2.0e-3 at depth 6 (1.0e-3 costs 0.009 nats);
-#   at depth 4 3.0e-3 costs 0.008 nats more than the best of four, 1.5e-3, and 6.0e-3 costs 0.024. With another batch
-#   it goes by the square root (Malladi et al. 2022), to four times at most. At depth 12 it is 1.0e-3, and 4.0e-3 with
-#   nanochat's batch, whose own rate is 3.6e-3 in the scale of ours. --optimizer adamw would want another.
-# - ten evaluations, each of a thousandth of the tokens but not fewer than tiny's; HellaSwag at the end.
+# One number for a whole run, as nanochat has it. What was measured here are rates at depths 2, 4 and 6, of bytes, in
+# short runs (tests/RESULTS.md, sizes); the rest is others' measure or a guess:
+# - tokens, for each parameter of the matrices and of the head: nanochat's measure of what makes the best of a budget
+#   of FLOPs. With AdamW it was twice as many (Hoffmann et al. 2022).
+# - tokens a step grow with a power of all tokens (Bergsma et al. 2025, arXiv 2505.13738), here from those of our runs.
+#   nanochat found sixteen times as many best at depth 12: many GPUs want more.
+# - the rate is as 1/width: of the rates tried at each depth none was better by more than 0.008 nats, and a constant
+#   one would have cost 0.024 at depth 4. With another batch it goes by the square root (Malladi et al. 2022), as far
+#   as four times: at depth 12 with nanochat's batch to 1.1 times nanochat's rate. --optimizer adamw wants another.
+# - ten evaluations, each of a small part of the tokens but not of fewer than tiny's; HellaSwag at the end.
 def recipe_of_depth(config, given, num_devices):
     values = {name: value for name, value in config.flat().items() if name in given}
     depth, vocab_size = config.setup.depth, data_tokenizer(config.setup).vocab_size
