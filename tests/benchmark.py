@@ -52,8 +52,9 @@ def on_gpu(args):
 COMMANDS = {"default": learning.default_run, "killed": learning.killed, "simulated": speed.simulated,
             "limit": speed.limit, "ladder": speed.ladder, "heads": speed.heads, "loader": speed.loader,
             "tokenize": data.tokenize, "architecture": speed.architecture, "hellaswag": data.score,
-            "tokens": learning.tokens, "sizes": sizes.sizes, "gpu": on_gpu}  # in the order of RESULTS.md
-NOT_IN_ALL = ("sizes", "gpu")  # hours, and for another machine
+            "tokens": learning.tokens, "sizes": sizes.sizes, "full_size": sizes.full_size,
+            "gpu": on_gpu}  # in the order of RESULTS.md
+NOT_IN_ALL = ("sizes", "full_size", "gpu")  # hours, and for another machine
 HEADER = """# Results
 
 Written by `python tests/benchmark.py all --write tests/RESULTS.md`: each part on the machine, and by the command, that stand
@@ -88,15 +89,16 @@ def parse_args():
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=1, help="micro-steps a step (ladder)")
     parser.add_argument("--steps", type=int, help="timed steps of each row (ladder: 2, on CUDA 10; gpu: 12); optimizer "
-                        "steps (architecture, tokens: 250; sizes: 512)")
+                        "steps (architecture, tokens: 250; sizes: 512; full_size: 128)")
     parser.add_argument("--tokens", type=int, default=65536, help="trained on by each row, twice (architecture)")
     parser.add_argument("--megabytes", type=int, default=80, help="of text (tokenize)")
     parser.add_argument("--copies", type=int, default=7, help="of that text in the long run (tokenize)")
     parser.add_argument("--examples", type=int, default=200, help="scored (hellaswag)")
     parser.add_argument("--seeds", type=int, default=2, help="of each run (architecture, tokens)")
-    parser.add_argument("--data", type=Path, help="a text file (sizes)")
+    parser.add_argument("--data", type=Path, help="a text file (sizes, full_size)")
     parser.add_argument("--results", type=Path, default=Path("sizes.jsonl"), help="of all runs so far (sizes)")
-    parser.add_argument("--only_table", action="store_true", help="of these results, with no run (sizes)")
+    parser.add_argument("--runs", type=Path, default=Path("full_size"), help="folder of the runs (full_size)")
+    parser.add_argument("--only_table", action="store_true", help="of what there is, with no run (sizes, full_size)")
     parser.add_argument("--depths", type=int, nargs="+", default=sizes.DEPTHS, help="layers of the models (sizes)")
     parser.add_argument("--piece", type=int, choices=range(1, 7), help="only this one (gpu)")
     parser.add_argument("--minutes", type=float, default=0, help="the quick pass, which ends after so many (gpu)")
@@ -119,7 +121,7 @@ def steps_of(name, device):
     """--steps, where it is not given."""
     if name == "ladder":
         return 10 if device.startswith("cuda") else 2
-    return {"gpu": 12, "sizes": 512}.get(name, 250)
+    return {"gpu": 12, "sizes": 512, "full_size": 128}.get(name, 250)
 
 
 def main():

@@ -276,6 +276,34 @@ def test_sizes_says_what_it_lacks(monkeypatch, capsys, tmp_path):
         assert stop.value.code == 2 and "error: " in err and lacks in err
 
 
+def test_full_size_ends_the_trials_early_and_goes_on_where_it_was_cut_off(monkeypatch, capsys, text_file, tmp_path):
+    """With a model that is tiny."""
+    small = ["--n_layer", "1", "--n_head", "1", "--n_embd", "64", "--block_size", "128", "--tokenizer", "byte"]
+    monkeypatch.setattr(sizes, "FULL_SIZE_FLAGS", [*sizes.FULL_SIZE_FLAGS, *small, "--no_compile", "--dtype", "float32"])
+    command = ["benchmark.py", "full_size", "--data", str(text_file), "--runs", str(tmp_path), "--steps", "48"]
+    run("train_gpt2.py", "--preset", "modern", *sizes.FULL_SIZE_FLAGS, "--data", text_file, "--max_steps", 16, "--out_dir",
+        tmp_path / "modern")
+    monkeypatch.setattr(sizes, "FULL_SIZE", {name: sizes.FULL_SIZE[name] for name in ("modern", "modern, half its rate")})
+    monkeypatch.setattr(sys, "argv", command)
+    benchmark.main()
+    out = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| ")]
+    assert rows[2][:3] == ["modern", "0.0018", "48"] and rows[3][:2] == ["modern, half its rate", "0.0009"]
+    assert 16 <= int(rows[3][2]) < 48
+    assert [row[:2] for row in rows[6:]] == [["16", "65,536"], ["32", "131,072"], ["48", "196,608"]]
+    lines = list(train_gpt2.read_log(tmp_path / "modern/log.jsonl"))
+    losses = [line["loss"] for line in lines if line["kind"] == "val"]
+    assert [row[2] for row in rows[6:]] == [f"{loss:.4f}" for loss in losses] and losses[-1] < losses[0]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 49))
+
+    def no_run(*args, **how):
+        raise AssertionError("a run is made again")
+
+    monkeypatch.setattr(subprocess, "Popen", no_run)
+    benchmark.main()
+    assert capsys.readouterr().out == out
+
+
 @pytest.mark.parametrize("loss, tokens", [(3.0, 10), (2.0, 20), (1.5, 25), (0.5, None), (9.0, 10)])
 def test_tokens_to_a_loss(loss, tokens):
     assert sizes.tokens_to(loss, [(10, 3.0), (20, 2.0), (30, 1.0)]) == tokens

@@ -1,7 +1,8 @@
-"""How many tokens less the modern recipe needs than GPT-2's, at three sizes, each at its best learning rate.
+"""How many tokens less the modern recipe needs than GPT-2's, at three sizes, each at its best learning rate; and how the
+presets begin at 124M.
 
-A run is a line in a file of results, so that what is cut off goes on from there; a failed one has a val_loss of null,
-and is tried again where its line is deleted."""
+A run of `sizes` is a line in a file of results, so that what is cut off goes on from there; a failed one has a val_loss
+of null, and is tried again where its line is deleted. One of `full_size` is a folder, and is resumed."""
 import json
 import os
 import statistics
@@ -205,3 +206,72 @@ def sizes(args):
     draw(records, args.steps, ROOT / "assets/sizes.png" if args.pictures else args.results.with_suffix(".png"))
     title = f"Sizes: bytes, T=256, {args.steps} steps of 4,096 tokens, bfloat16; mean ± half the range over seeds"
     return [table(title, rows)]
+
+# -----------------------------------------------------------------------------
+# GPT-2 124M's true shape: the first steps
+
+FULL_SIZE = {"gpt2": ("gpt2", None), "modern": ("modern", None), "modern, half its rate": ("modern", 9e-4),
+             "modern, twice its rate": ("modern", 3.6e-3)}  # {name: (preset, rate)}
+FULL_SIZE_FLAGS = ("--tokenizer gpt2 --total_batch_size 4096 --batch_size 2 --sample_every 0 --checkpoint_every 16 "
+                   "--hellaswag_every 0 --eval_every 16 --eval_tokens 16384 --dtype bfloat16 --quiet "
+                   "--device cpu").split()
+
+
+def begin_full_size(name, args):
+    """Makes the run of this name, or what is missing of it. Those at another rate are ended when a third is over, where
+    the peak has lasted long enough to show whether they diverge."""
+    preset, lr = FULL_SIZE[name]
+    out_dir = folder_of(name, args)
+    flags = ["--preset", preset, *FULL_SIZE_FLAGS, "--max_steps", args.steps, "--data", args.data, "--out_dir", out_dir,
+             *(["--lr", lr] if lr else [])]
+    last_step = args.steps // 3 if lr else args.steps
+    if steps_of(out_dir) < last_step:
+        resume = ["--resume"] if (out_dir / "log.jsonl").exists() else []
+        process = subprocess.Popen(script(*flags, *resume), env=os.environ | ONE_THREAD, stdout=subprocess.DEVNULL)
+        while process.poll() is None:
+            time.sleep(1)
+            if lr and steps_of(out_dir) >= last_step:
+                process.terminate()  # it writes its checkpoint first
+
+
+def folder_of(name, args):
+    return args.runs / name.replace(",", "").replace(" ", "_")
+
+
+def lines_of(out_dir, kind):
+    log = out_dir / "log.jsonl"
+    return [line for line in train_gpt2.read_log(log) if line["kind"] == kind] if log.exists() else []
+
+
+def steps_of(out_dir):
+    return max((line["step"] for line in lines_of(out_dir, "train")), default=0)
+
+
+def full_size(args):
+    """Two runs side by side, one thread each, unless --only_table."""
+    if not args.only_table:
+        if not args.data or not args.data.is_file():
+            refuse(f"--data {args.data}: full_size needs a text file, or --only_table and --runs")
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda name: begin_full_size(name, args), FULL_SIZE))
+    summary, curves = [], {}
+    for name in FULL_SIZE:
+        trained = lines_of(folder_of(name, args), "train")
+        after_warmup = trained[args.steps // 10:]
+        if not after_warmup:
+            continue
+        summary.append({"run": name, "peak rate": f"{max(line['lr'] for line in trained):.3g}",
+                        "steps": trained[-1]["step"],
+                        "highest training loss after the warm-up": max(line["loss"] for line in after_warmup),
+                        "of the last 16 steps, mean": statistics.mean(line["loss"] for line in trained[-16:]),
+                        "largest gradient norm after the warm-up": max(line["grad_norm"] for line in after_warmup),
+                        "steps left out": sum(line.get("skipped", False) for line in trained),
+                        "seconds a step, median": statistics.median(line["seconds"] for line in trained)})
+        for line in lines_of(folder_of(name, args), "val"):
+            curves.setdefault(line["step"], {})[name] = f"{line['loss']:.4f}"
+    if not summary:
+        refuse(f"{args.runs} holds no run (--runs)")
+    rows = [{"steps": step, "tokens": step * 4096} | {run["run"]: losses.get(run["run"]) for run in summary}
+            for step, losses in sorted(curves.items())]
+    about = f"GPT-2 124M's shape, GPT-2 tokens, T=1024, the first steps of a schedule of {args.steps}, 4,096 tokens each"
+    return [table(about, summary), table("Validation loss of these runs, nats a token", rows)]
