@@ -1369,7 +1369,7 @@ def print_summary(run):
         run.notes.append("Transformers has no such mixture of parts: only this script will read the checkpoints")
     lines = [
         f"data    {setup.data}: {train:,} tokens to train on, {val:,} to validate, {setup.tokenizer} (--data)",
-        f"model   {name}: {run.model.num_parameters():,} parameters, {' '.join(parts)} "
+        f"model   {name}: {run.model.num_parameters():,} parameters, {' '.join(parts) or 'no modern part'} "
         "(--preset, --depth, --init_from)",
         f"device  {world.size} x {world.device_type}, {str(run.dtype)[6:]}, {compiled} (--device, --dtype, --compile)",
         f"batch   {tokens:,} tokens a step = {world.size} device(s) x {run.micro_steps} micro-step(s) x "

@@ -434,6 +434,9 @@ def test_a_rank_without_torchrun_is_one_line(env, tmp_path):
 def test_the_summary_names_the_parts_that_are_on(tmp_path):
     out, _ = run("train_gpt2.py", *FLAGS, "--no_qk_norm", "--max_steps", 1, "--out_dir", tmp_path / "log")
     assert "parameters, rope rmsnorm swiglu (--preset" in out
+    none = ["--no_rope", "--no_rmsnorm", "--no_swiglu", "--no_qk_norm", "--bias", "--max_steps", 1]
+    out, _ = run("train_gpt2.py", *FLAGS, *none, "--out_dir", tmp_path / "gpt2")
+    assert "parameters, no modern part (--preset" in out
 
 
 @pytest.mark.parametrize("isolated", [["-I"], []])
