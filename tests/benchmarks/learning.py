@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.shared import QUIETLY, ROOT, pyplot, script, spread, table, train, train_gpt2
+from benchmarks.shared import QUIETLY, ROOT, script, spread, table, train, train_gpt2
 
 # -----------------------------------------------------------------------------
 # whole runs
@@ -84,17 +84,17 @@ MODERN_RECIPE = dict(MODERN, optimizer="muon", schedule="wsd", decay_fraction=0.
 
 def recipe_run(flags, lr, steps, seed, folder):
     """4 layers x 128, byte tokens of input.txt, T=128, 4,096 tokens a step, one thread. flags: what differs from
-    GPT-2's recipe. Returns [(million tokens, validation loss)] at each fifth of the run."""
+    GPT-2's recipe. Returns the validation loss after it."""
     torch.set_num_threads(1)
     flags = dict(GPT2S_RECIPE, min_lr=lr / 10) | flags
     lines = train(preset="tiny", n_layer=4, n_embd=128, n_head=4, block_size=128, total_batch_size=4096,
                   weight_decay=0.1, warmup_steps=steps // 20, sample_every=0, checkpoint_every=0, quiet=True,
                   device="cpu", compile=False, dtype="float32", data=ROOT / "input.txt", out_dir=folder, lr=lr,
-                  seed=seed, max_steps=steps, eval_every=max(1, steps // 5), eval_tokens=111520, **flags)
-    return [(line["step"] * 4096 / 1e6, line["loss"]) for line in lines if line["kind"] == "val"]
+                  seed=seed, max_steps=steps, eval_every=steps, eval_tokens=111520, **flags)
+    return [line["loss"] for line in lines if line["kind"] == "val"][-1]
 
 
-def curves_of(cases, seeds):
+def final_losses(cases, seeds):
     """cases: {name: (flags, learning rate, steps)}. Returns {name: [what `recipe_run` does, of each seed]}."""
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
@@ -109,27 +109,9 @@ def tokens(args):
     """Both recipes at the best of three learning rates each, and the modern one on 60% of the tokens."""
     cases = {"gpt2": ({}, 3e-3, args.steps), "modern": (MODERN_RECIPE, 6e-3, args.steps),
              "modern, 60% of the tokens": (MODERN_RECIPE, 6e-3, round(0.6 * args.steps))}
-    curves = curves_of(cases, args.seeds)
-    if args.pictures:
-        draw({name: runs[0] for name, runs in curves.items()}, ROOT / "assets/recipe.png")
+    losses = final_losses(cases, args.seeds)
     rows = []
     for name, (_, _, steps) in cases.items():
         rows.append({"recipe": name, "tokens": steps * 4096,
-                     "validation loss": spread([run[-1][1] for run in curves[name]])})
+                     "validation loss": spread(losses[name])})
     return [table(f"4 layers x 128 on input.txt, {args.seeds} seeds (mean ± half the range)", rows)]
-
-
-def draw(curves, path):
-    """curves: {name: [(million tokens, validation loss)]}; those on fewer tokens are dashed."""
-    plt = pyplot()
-    if plt is None:
-        return
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    most = max(points[-1][0] for points in curves.values())
-    for name, points in curves.items():
-        axes.plot(*zip(*points), "o-" if points[-1][0] == most else "o--", ms=3, label=name)
-    axes.axhline(curves["gpt2"][-1][1], ls=":", color="gray")
-    axes.set(xlabel="million tokens", ylabel="validation loss, nats a byte", ylim=(None, 3.2))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)

@@ -1,5 +1,5 @@
-"""How many tokens less the modern recipe needs than GPT-2's, at three sizes, each at its best learning rate; and how the
-presets begin at 124M.
+"""How many tokens less the modern recipe needs than GPT-2's, at three sizes, each at its best learning rate; and how
+the presets begin at 124M.
 
 A run of `sizes` is a line in a file of results, so that what is cut off goes on from there; a failed one has a val_loss
 of null, and is tried again where its line is deleted. One of `full_size` is a folder, and is resumed."""
@@ -186,7 +186,7 @@ def draw(records, steps, path):
                   label=f"{runs[0]['parameters'] / 1e6:.1f}M parameters, {recipe}, rate {runs[0]['lr']:g}")
     axes.set(xlabel="million tokens (bytes)", ylabel="validation, bits per byte")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, handlelength=4, framealpha=1)
     figure.savefig(path, dpi=150)
 
 
@@ -218,13 +218,13 @@ FULL_SIZE_FLAGS = ("--tokenizer gpt2 --total_batch_size 4096 --batch_size 2 --sa
 
 
 def begin_full_size(name, args):
-    """Makes the run of this name, or what is missing of it. Those at another rate are ended when a third is over, where
-    the peak has lasted long enough to show whether they diverge."""
+    """Makes the run of this name, or what is missing of it. Those at another rate end one step after the first quarter,
+    in which the rate has long been at its peak."""
     preset, lr = FULL_SIZE[name]
     out_dir = folder_of(name, args)
     flags = ["--preset", preset, *FULL_SIZE_FLAGS, "--max_steps", args.steps, "--data", args.data, "--out_dir", out_dir,
              *(["--lr", lr] if lr else [])]
-    last_step = args.steps // 3 if lr else args.steps
+    last_step = args.steps // 4 + 1 if lr else args.steps
     if steps_of(out_dir) < last_step:
         resume = ["--resume"] if (out_dir / "log.jsonl").exists() else []
         process = subprocess.Popen(script(*flags, *resume), env=os.environ | ONE_THREAD, stdout=subprocess.DEVNULL)
@@ -273,5 +273,5 @@ def full_size(args):
         refuse(f"{args.runs} holds no run (--runs)")
     rows = [{"steps": step, "tokens": step * 4096} | {run["run"]: losses.get(run["run"]) for run in summary}
             for step, losses in sorted(curves.items())]
-    about = f"GPT-2 124M's shape, GPT-2 tokens, T=1024, the first steps of a schedule of {args.steps}, 4,096 tokens each"
-    return [table(about, summary), table("Validation loss of these runs, nats a token", rows)]
+    title = f"GPT-2 124M's shape, T=1024, GPT-2 tokens; first steps of a schedule of {args.steps}, 4,096 tokens each"
+    return [table(title, summary), table("Validation loss of these runs, nats a token", rows)]

@@ -430,8 +430,7 @@ def loss_table(args):
     """The same parts in a small model with T=128, after as many steps as --steps says, with one recipe."""
     cases = {name: (flags, 3e-3, args.steps) for name, flags in SMALL_ARCHITECTURES.items()}
     rows = []
-    for name, runs in learning.curves_of(cases, args.seeds).items():
-        losses = [run[-1][1] for run in runs]
+    for name, losses in learning.final_losses(cases, args.seeds).items():
         rows.append({"model": name, "validation loss": spread(losses), "perplexity": math.exp(statistics.mean(losses))})
     return table(f"4 layers x 128, T=128, after {args.steps * 4096:,} byte tokens of input.txt, {args.seeds} seeds "
                  "(mean ± half the range)", rows)
