@@ -1210,15 +1210,21 @@ def complete_config(config, given, num_devices=1):
     return notes
 
 
-# One number for a whole run, as nanochat has it. What was measured here are rates at depths 2, 4 and 6, of bytes, in
-# short runs (tests/RESULTS.md, sizes); the rest is others' measure or a guess:
+# One number for a whole run, as nanochat has it. Measured here, in runs of 512 steps on bytes: the rates at depths 2, 4
+# and 6 (tests/RESULTS.md, sizes), and a few trials of one seed. The rest is others' measure or a guess.
 # - tokens, for each parameter of the matrices and of the head: nanochat's measure of what makes the best of a budget
 #   of FLOPs. With AdamW it was twice as many (Hoffmann et al. 2022).
 # - tokens a step grow with a power of all tokens (Bergsma et al. 2025, arXiv 2505.13738), here from those of our runs.
 #   nanochat found sixteen times as many best at depth 12: many GPUs want more.
-# - the rate is as 1/width: of the rates tried at each depth none was better by more than 0.008 nats, and a constant
-#   one would have cost 0.024 at depth 4. With another batch it goes by the square root (Malladi et al. 2022), as far
-#   as four times: at depth 12 with nanochat's batch to 1.1 times nanochat's rate. --optimizer adamw wants another.
+# - the rate is as 1/width: of three or more rates tried at each depth none was better by more than 0.008 nats, about
+#   what two seeds differ by. Depth 2's rate was worse by 0.017 at depth 4; at depth 6 twice its own was better by
+#   0.006, so that for wide models this rule may be a low one, which costs less than a high one.
+# - it goes by the square root of the batch (Malladi et al. 2022), as far as four times: in a trial at depth 2 with
+#   16,384 tokens a step, twice the usual rate was best of one, two and four times. At depth 12 it comes with nanochat's
+#   batch to 1.1 times nanochat's rate. --optimizer adamw wants another.
+# - as modern has them, for no trial told more than two seeds differ by (0.006 nats at depth 2, up to 0.023 at depth 4):
+#   weight decay (a tenth of it, as the ladder had, at depths 2 and 4), the embedding's rate (three times, at both), the
+#   norms' rate (three times, at depth 2), the length of the rate's decay (half, at depth 2).
 # - ten evaluations, each of a small part of the tokens but not of fewer than tiny's; HellaSwag at the end.
 def recipe_of_depth(config, given, num_devices):
     values = {name: value for name, value in config.flat().items() if name in given}
@@ -1369,8 +1375,8 @@ def print_summary(run):
         run.notes.append("Transformers has no such mixture of parts: only this script will read the checkpoints")
     lines = [
         f"data    {setup.data}: {train:,} tokens to train on, {val:,} to validate, {setup.tokenizer} (--data)",
-        f"model   {name}: {run.model.num_parameters():,} parameters, {' '.join(parts) or 'no modern part'} "
-        "(--preset, --depth, --init_from)",
+        f"model   {name}: {run.model.num_parameters():,} parameters, "
+        f"{' '.join(parts) or 'no rope, rmsnorm, swiglu, qk_norm'} (--preset, --depth, --init_from)",
         f"device  {world.size} x {world.device_type}, {str(run.dtype)[6:]}, {compiled} (--device, --dtype, --compile)",
         f"batch   {tokens:,} tokens a step = {world.size} device(s) x {run.micro_steps} micro-step(s) x "
         f"{run.batch_size} sequence(s) x {T} tokens (--total_batch_size, --batch_size)",

@@ -16,6 +16,7 @@ $ python tests/benchmark.py hellaswag     # hellaswag.py
 $ python tests/benchmark.py tokens        # how many tokens less the modern recipe needs
 $ python tests/benchmark.py sizes --data novels.txt  # the same at three sizes; hours, goes on where it was cut off,
 $ python tests/benchmark.py sizes --only_table       # and its table and picture of what there is; not in `all`
+$ python tests/benchmark.py full_size --data novels.txt  # how gpt2 and modern begin at 124M; hours, likewise
 $ python tests/benchmark.py gpu           # what one GPU makes of it, in six pieces, an hour; not in `all`
 $ python tests/benchmark.py gpu --piece 2 # one of them, each under ten minutes: 1 attention and tests/test_cuda.py,
                                           # 2 a step of gpt2, 3 of modern, 4 the ladder in 16 GB, 5 runs on the
@@ -97,7 +98,8 @@ def parse_args():
     parser.add_argument("--seeds", type=int, default=2, help="of each run (architecture, tokens)")
     parser.add_argument("--data", type=Path, help="a text file (sizes, full_size)")
     parser.add_argument("--results", type=Path, default=Path("sizes.jsonl"), help="of all runs so far (sizes)")
-    parser.add_argument("--runs", type=Path, default=Path("full_size"), help="folder of the runs (full_size)")
+    parser.add_argument("--runs", type=Path, default=Path("log_full_size"),
+                        help="folder of the runs, 8 GB (full_size)")
     parser.add_argument("--only_table", action="store_true", help="of what there is, with no run (sizes, full_size)")
     parser.add_argument("--depths", type=int, nargs="+", default=sizes.DEPTHS, help="layers of the models (sizes)")
     parser.add_argument("--piece", type=int, choices=range(1, 7), help="only this one (gpu)")

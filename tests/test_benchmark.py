@@ -232,10 +232,11 @@ def test_sizes_finds_the_best_rates_and_goes_on_where_it_was_cut_off(monkeypatch
     assert (tmp_path / "sizes.png").stat().st_size > 5000
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| ")]
     rows = [dict(zip(rows[0], row)) for row in rows[2:]]
-    assert [(row["layers x channels"], row["recipe"], row["best rate"]) for row in rows] == [
+    assert [(row["layers x channels"], row["recipe"], row["best rate, first seed"]) for row in rows] == [
         ("2 x 128", "gpt2", "0.032"), ("2 x 128", "modern", "0.032"), ("4 x 256", "gpt2", "0.032"),
         ("4 x 256", "modern", "0.032"), ("6 x 384", "gpt2", "0.016"), ("6 x 384", "modern", "0.016")]
     assert rows[0]["loss, nats a byte"] == "0.6300 ± 0.0050" and rows[4]["loss, nats a byte"] == f"{1 / 6 + 1 / 8:.4f}"
+    assert "0.032: 0.6250 / 0.6350, 0.064: 0.7250 / 0.7350" in rows[0]["loss at each rate (first / second seed)"]
     assert {(row["tokens to gpt2's loss"], row["share"]) for row in rows} == {("–", "–"), ("16,384", "50%")}
 
     lines = (tmp_path / "sizes.jsonl").read_text().splitlines(keepends=True)
@@ -276,32 +277,75 @@ def test_sizes_says_what_it_lacks(monkeypatch, capsys, tmp_path):
         assert stop.value.code == 2 and "error: " in err and lacks in err
 
 
-def test_full_size_ends_the_trials_early_and_goes_on_where_it_was_cut_off(monkeypatch, capsys, text_file, tmp_path):
-    """With a model that is tiny."""
+def test_full_size_ends_trials_early_and_goes_on_where_it_was_cut_off(monkeypatch, capsys, text_file, tmp_path):
+    """With a model that is tiny; its trials of other rates would last longer than the test if nobody ended them."""
     small = ["--n_layer", "1", "--n_head", "1", "--n_embd", "64", "--block_size", "128", "--tokenizer", "byte"]
     monkeypatch.setattr(sizes, "FULL_SIZE_FLAGS", [*sizes.FULL_SIZE_FLAGS, *small, "--no_compile", "--dtype", "float32"])
-    command = ["benchmark.py", "full_size", "--data", str(text_file), "--runs", str(tmp_path), "--steps", "48"]
-    run("train_gpt2.py", "--preset", "modern", *sizes.FULL_SIZE_FLAGS, "--data", text_file, "--max_steps", 16, "--out_dir",
-        tmp_path / "modern")
-    monkeypatch.setattr(sizes, "FULL_SIZE", {name: sizes.FULL_SIZE[name] for name in ("modern", "modern, half its rate")})
+    monkeypatch.setattr(sizes, "FULL_SIZE", {"modern": ("modern", None), "modern, half its rate": ("modern", 9e-4)})
+    started, ended = [], []
+
+    class Process(subprocess.Popen):
+        def __init__(self, command, **how):
+            started.append(command)
+            if "--lr" in command:  # its steps take a second, as in a model of some size
+                slow = "import time, train_gpt2; step = train_gpt2.Run.train_step\n" \
+                       "def slow(run): time.sleep(1.0); return step(run)\n" \
+                       "train_gpt2.Run.train_step = slow; train_gpt2.main(__import__('sys').argv[1:])"
+                command = [command[0], "-c", slow, *command[2:]]
+                how["cwd"] = ROOT
+            super().__init__(command, **how)
+
+        def terminate(self):
+            ended.append(self)
+            super().terminate()
+
+    modern, trial = tmp_path / "modern_16_steps", tmp_path / "modern_half_its_rate_16_steps"
+    cut_off = Process(shared.script("--preset", "modern", *sizes.FULL_SIZE_FLAGS, "--max_steps", 16, "--data", text_file,
+                                    "--checkpoint_every", 2, "--out_dir", modern))
+    while sizes.last_step_of(modern) < 5:
+        assert cut_off.poll() is None
+        time.sleep(0.01)
+    cut_off.kill()
+    cut_off.wait()
+    started.clear()
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    command = ["benchmark.py", "full_size", "--data", str(text_file), "--runs", str(tmp_path), "--steps", "16"]
     monkeypatch.setattr(sys, "argv", command)
     benchmark.main()
     out = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| ")]
-    assert rows[2][:3] == ["modern", "0.0018", "48"] and rows[3][:2] == ["modern, half its rate", "0.0009"]
-    assert 12 <= int(rows[3][2]) < 48
-    assert [row[:2] for row in rows[6:]] == [["16", "65,536"], ["32", "131,072"], ["48", "196,608"]]
-    lines = list(train_gpt2.read_log(tmp_path / "modern/log.jsonl"))
-    losses = [line["loss"] for line in lines if line["kind"] == "val"]
-    assert [row[2] for row in rows[6:]] == [f"{loss:.4f}" for loss in losses] and losses[-1] < losses[0]
-    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 49))
+    assert rows[2][:3] == ["modern", "0.0018", "16"] and rows[3][:2] == ["modern, half its rate", "0.0009"]
+    last = int(rows[3][2])
+    assert 5 <= last < 16 and len(ended) == 1 and ended[0].returncode != -signal.SIGTERM
+    assert (trial / "latest").resolve().name == f"step_{last:06d}"  # it saved
+    lines = list(train_gpt2.read_log(modern / "log.jsonl"))
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 17))
+    assert rows[2][3:5] == [f"{sum(losses[2:4]) / 2:.4f}", f"{max(losses[1:]):.4g}"]
+    validated = next(line["loss"] for line in lines if line["kind"] == "val")
+    assert [row[:2] for row in rows[6:]] == [["16", f"{validated:.4f}"]]
+    assert len(started) == 2 and "--resume" in map(str, started[0])
 
-    def no_run(*args, **how):
-        raise AssertionError("a run is made again")
-
-    monkeypatch.setattr(subprocess, "Popen", no_run)
+    started.clear()
     benchmark.main()
-    assert capsys.readouterr().out == out
+    assert capsys.readouterr().out == out and not started
+
+
+def test_full_size_shows_a_run_that_diverged(monkeypatch, capsys, tmp_path):
+    lines = [{"kind": "config", "step": 0}]
+    for step in range(1, 9):
+        lines.append({"kind": "train", "step": step, "loss": 5.0 if step < 4 else None, "lr": 1e-3, "seconds": 1.0,
+                      "grad_norm": 2.0 if step < 4 else None} | ({"skipped": True} if step > 3 else {}))
+    (tmp_path / "modern_16_steps").mkdir()
+    (tmp_path / "modern_16_steps/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["benchmark.py", "full_size", "--only_table", "--runs", str(tmp_path), "--steps", "16"]
+    monkeypatch.setattr(sys, "argv", command)
+    benchmark.main()
+    assert "| modern | 0.001 | 8 | 5.0000 | 5 | 2 | 5 | 1 |" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*command[:-1], "32"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "holds no run of 32 steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("loss, tokens", [(3.0, 10), (2.0, 20), (1.5, 25), (0.5, None), (9.0, 10)])

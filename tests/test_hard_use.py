@@ -436,7 +436,7 @@ def test_the_summary_names_the_parts_that_are_on(tmp_path):
     assert "parameters, rope rmsnorm swiglu (--preset" in out
     none = ["--no_rope", "--no_rmsnorm", "--no_swiglu", "--no_qk_norm", "--bias", "--max_steps", 1]
     out, _ = run("train_gpt2.py", *FLAGS, *none, "--out_dir", tmp_path / "gpt2")
-    assert "parameters, no modern part (--preset" in out
+    assert "parameters, no rope, rmsnorm, swiglu, qk_norm (--preset" in out
 
 
 @pytest.mark.parametrize("isolated", [["-I"], []])

@@ -95,7 +95,7 @@ def recipe_run(flags, lr, steps, seed, folder):
 
 
 def final_losses(cases, seeds):
-    """cases: {name: (flags, learning rate, steps)}. Returns {name: [what `recipe_run` does, of each seed]}."""
+    """cases: {name: (flags, learning rate, steps)}. Returns {name: [the last validation loss, of each seed]}."""
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
         runs = {}
@@ -112,6 +112,5 @@ def tokens(args):
     losses = final_losses(cases, args.seeds)
     rows = []
     for name, (_, _, steps) in cases.items():
-        rows.append({"recipe": name, "tokens": steps * 4096,
-                     "validation loss": spread(losses[name])})
+        rows.append({"recipe": name, "tokens": steps * 4096, "validation loss": spread(losses[name])})
     return [table(f"4 layers x 128 on input.txt, {args.seeds} seeds (mean ± half the range)", rows)]

@@ -126,6 +126,10 @@ def depth_and_recipe(record):
     return record["depth"], record["recipe"]
 
 
+def rate_and_seed(record):
+    return record["lr"], record["seed"] != SEEDS[0]
+
+
 def loss_of(record):
     return record["val_loss"]
 
@@ -152,15 +156,17 @@ def size_rows(records, steps):
     rows = []
     for (depth, recipe), runs in best.items():
         losses = [run["val_loss"] for run in runs]
-        rates = sorted((record["lr"], record["val_loss"]) for record in groups[depth, recipe]
-                       if record["seed"] == SEEDS[0])
+        rates = {}
+        for record in sorted(groups[depth, recipe], key=rate_and_seed):
+            rates.setdefault(record["lr"], []).append(f"{record['val_loss']:.4f}")
         row = {"layers x channels": f"{depth} x {64 * depth}", "parameters": runs[0]["parameters"], "recipe": recipe,
-               "best rate": runs[0]["lr"], "tokens": runs[0]["tokens"],
+               "best rate, first seed": runs[0]["lr"], "tokens": runs[0]["tokens"],
                "loss, nats a byte": spread(losses) if len(losses) > 1 else f"{losses[0]:.4f}",
                "bits per byte": f"{statistics.mean(run['val_bpb'] for run in runs):.3f}",
                "tokens to gpt2's loss": None, "share": None,
                "training, s": statistics.mean(run["training_seconds"] for run in runs),
-               "rates, one seed": ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in rates)}
+               "loss at each rate (first / second seed)":
+                   ", ".join(f"{lr:g}: {' / '.join(of_seeds)}" for lr, of_seeds in rates.items())}
         peer = best.get((depth, "gpt2"))
         if recipe != "gpt2" and peer:
             needed = tokens_to(statistics.mean(map(loss_of, peer)), curve_of(runs))
@@ -186,7 +192,7 @@ def draw(records, steps, path):
                   label=f"{runs[0]['parameters'] / 1e6:.1f}M parameters, {recipe}, rate {runs[0]['lr']:g}")
     axes.set(xlabel="million tokens (bytes)", ylabel="validation, bits per byte")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, handlelength=4, framealpha=1)
+    figure.legend(fontsize=7, handlelength=4, ncols=2, loc="outside lower center")
     figure.savefig(path, dpi=150)
 
 
@@ -208,34 +214,41 @@ def sizes(args):
     return [table(title, rows)]
 
 # -----------------------------------------------------------------------------
-# GPT-2 124M's true shape: the first steps
+# GPT-2 124M's true shape, for a few steps
 
-FULL_SIZE = {"gpt2": ("gpt2", None), "modern": ("modern", None), "modern, half its rate": ("modern", 9e-4),
-             "modern, twice its rate": ("modern", 3.6e-3)}  # {name: (preset, rate)}
+MODERN_RATE = train_gpt2.PRESETS["modern"]["lr"]
+FULL_SIZE = {"gpt2": ("gpt2", None), "modern": ("modern", None), "modern, half its rate": ("modern", MODERN_RATE / 2),
+             "modern, twice its rate": ("modern", MODERN_RATE * 2)}  # {name: (preset, rate)}
 FULL_SIZE_FLAGS = ("--tokenizer gpt2 --total_batch_size 4096 --batch_size 2 --sample_every 0 --checkpoint_every 16 "
                    "--hellaswag_every 0 --eval_every 16 --eval_tokens 16384 --dtype bfloat16 --quiet "
                    "--device cpu").split()
 
 
 def begin_full_size(name, args):
-    """Makes the run of this name, or what is missing of it. Those at another rate end one step after the first quarter,
-    in which the rate has long been at its peak."""
+    """Makes the run of this name, or what is missing of it. One at another rate ends after the first quarter, most of
+    it at the peak: the validation there is logged before the next step."""
     preset, lr = FULL_SIZE[name]
     out_dir = folder_of(name, args)
     flags = ["--preset", preset, *FULL_SIZE_FLAGS, "--max_steps", args.steps, "--data", args.data, "--out_dir", out_dir,
              *(["--lr", lr] if lr else [])]
-    last_step = args.steps // 4 + 1 if lr else args.steps
-    if steps_of(out_dir) < last_step:
-        resume = ["--resume"] if (out_dir / "log.jsonl").exists() else []
-        process = subprocess.Popen(script(*flags, *resume), env=os.environ | ONE_THREAD, stdout=subprocess.DEVNULL)
-        while process.poll() is None:
-            time.sleep(1)
-            if lr and steps_of(out_dir) >= last_step:
-                process.terminate()  # it writes its checkpoint first
+
+    def is_over():
+        return lines_of(out_dir, "done") or lr and last_step_of(out_dir) > args.steps // 4
+
+    if is_over():
+        return
+    resume = ["--resume"] if (out_dir / "log.jsonl").exists() else []
+    process = subprocess.Popen(script(*flags, *resume), env=os.environ | ONE_THREAD, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not is_over():
+        time.sleep(1)
+    if lr:
+        process.terminate()  # once: then it ends its step and saves
+    if process.wait() and not is_over():
+        print(f"{name}: ended at step {last_step_of(out_dir)} with exit code {process.returncode}", file=sys.stderr)
 
 
 def folder_of(name, args):
-    return args.runs / name.replace(",", "").replace(" ", "_")
+    return args.runs / f"{name.replace(',', '').replace(' ', '_')}_{args.steps}_steps"
 
 
 def lines_of(out_dir, kind):
@@ -243,8 +256,26 @@ def lines_of(out_dir, kind):
     return [line for line in train_gpt2.read_log(log) if line["kind"] == kind] if log.exists() else []
 
 
-def steps_of(out_dir):
+def last_step_of(out_dir):
     return max((line["step"] for line in lines_of(out_dir, "train")), default=0)
+
+
+def highest(name, lines):
+    """None where it was finite in none of the lines."""
+    return max((line[name] for line in lines if line[name] is not None), default=None)
+
+
+def full_size_row(name, trained, steps):
+    """trained: the run's lines of training."""
+    first, last = steps // 8 + 1, steps // 4  # of those that all runs have
+    losses = [line["loss"] for line in trained if first <= line["step"] <= last and line["loss"] is not None]
+    after_warmup = [line for line in trained if line["step"] > steps // 10]
+    return {"run": name, "peak rate": f"{highest('lr', trained):.3g}", "steps": trained[-1]["step"],
+            f"training loss, mean of steps {first} to {last}": f"{statistics.mean(losses):.4f}" if losses else None,
+            "highest after the warm-up": highest("loss", after_warmup),
+            "highest gradient norm after it": highest("grad_norm", after_warmup),
+            "updates skipped, gradient not finite": sum(line.get("skipped", False) for line in trained),
+            "seconds a step, median": statistics.median(line["seconds"] for line in trained)}
 
 
 def full_size(args):
@@ -254,24 +285,18 @@ def full_size(args):
             refuse(f"--data {args.data}: full_size needs a text file, or --only_table and --runs")
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda name: begin_full_size(name, args), FULL_SIZE))
-    summary, curves = [], {}
-    for name in FULL_SIZE:
-        trained = lines_of(folder_of(name, args), "train")
-        after_warmup = trained[args.steps // 10:]
-        if not after_warmup:
-            continue
-        summary.append({"run": name, "peak rate": f"{max(line['lr'] for line in trained):.3g}",
-                        "steps": trained[-1]["step"],
-                        "highest training loss after the warm-up": max(line["loss"] for line in after_warmup),
-                        "of the last 16 steps, mean": statistics.mean(line["loss"] for line in trained[-16:]),
-                        "largest gradient norm after the warm-up": max(line["grad_norm"] for line in after_warmup),
-                        "steps left out": sum(line.get("skipped", False) for line in trained),
-                        "seconds a step, median": statistics.median(line["seconds"] for line in trained)})
-        for line in lines_of(folder_of(name, args), "val"):
-            curves.setdefault(line["step"], {})[name] = f"{line['loss']:.4f}"
-    if not summary:
-        refuse(f"{args.runs} holds no run (--runs)")
-    rows = [{"steps": step, "tokens": step * 4096} | {run["run"]: losses.get(run["run"]) for run in summary}
-            for step, losses in sorted(curves.items())]
-    title = f"GPT-2 124M's shape, T=1024, GPT-2 tokens; first steps of a schedule of {args.steps}, 4,096 tokens each"
-    return [table(title, summary), table("Validation loss of these runs, nats a token", rows)]
+    trained = {name: lines_of(folder_of(name, args), "train") for name in FULL_SIZE}
+    rows = [full_size_row(name, lines, args.steps) for name, lines in trained.items() if lines]
+    if not rows:
+        refuse(f"{args.runs} holds no run of {args.steps} steps (--runs, --steps)")
+    losses = {}
+    for row in rows:
+        for line in lines_of(folder_of(row["run"], args), "val"):
+            losses.setdefault(line["step"], {})[row["run"]] = line["loss"] and f"{line['loss']:.4f}"
+    curves = [{"after step": step} | {row["run"]: of_runs.get(row["run"]) for row in rows}
+              for step, of_runs in sorted(losses.items())]
+    title = f"GPT-2 124M's shape, T=1024, GPT-2 tokens, schedules of {args.steps} steps of 4,096 tokens, one seed"
+    tables = [table(title, rows)]
+    if curves:
+        tables.append(table("Validation loss of these runs on 16,384 tokens, nats a token", curves))
+    return tables
