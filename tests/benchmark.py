@@ -99,7 +99,7 @@ def parse_args():
     parser.add_argument("--data", type=Path, help="a text file (sizes, full_size)")
     parser.add_argument("--results", type=Path, default=Path("sizes.jsonl"), help="of all runs so far (sizes)")
     parser.add_argument("--runs", type=Path, default=Path("log_full_size"),
-                        help="folder of the runs, 8 GB (full_size)")
+                        help="folder of the runs, 10 GB (full_size)")
     parser.add_argument("--only_table", action="store_true", help="of what there is, with no run (sizes, full_size)")
     parser.add_argument("--depths", type=int, nargs="+", default=sizes.DEPTHS, help="layers of the models (sizes)")
     parser.add_argument("--piece", type=int, choices=range(1, 7), help="only this one (gpu)")

@@ -284,7 +284,8 @@ def full_size(args):
         if not args.data or not args.data.is_file():
             refuse(f"--data {args.data}: full_size needs a text file, or --only_table and --runs")
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda name: begin_full_size(name, args), FULL_SIZE))
+            for beginning in [pool.submit(begin_full_size, name, args) for name in FULL_SIZE]:
+                beginning.result()
     trained = {name: lines_of(folder_of(name, args), "train") for name in FULL_SIZE}
     rows = [full_size_row(name, lines, args.steps) for name, lines in trained.items() if lines]
     if not rows:
