@@ -1683,10 +1683,10 @@ class RunLog:
     def open_file(self, run, config_line):
         # Keeps of an earlier log what is still true, and adds the run's config unless it is that of the last.
         if run.step == 0 and self.path.exists():
-            self.path.replace(f"{self.path}.old")
+            shutil.copyfile(self.path, f"{self.path}.old")  # a copy, so that at no moment there is no log
         last_config = {}
         with fineweb.replacing(self.path) as f:
-            for line in read_log(self.path) if self.path.exists() else ():
+            for line in read_log(self.path) if run.step and self.path.exists() else ():
                 if is_kept(line, run):
                     f.write(json.dumps(line).encode() + b"\n")
                     if line["kind"] == "config":

@@ -324,6 +324,20 @@ def test_resume_begins_where_there_is_nothing_and_begins_again_where_there_is_on
     assert (config["n_layer"], config["lr"], config["data"], config["max_steps"]) == (2, 1e-3, str(small_shards), 28)
 
 
+def test_at_no_moment_of_a_new_beginning_is_there_no_log(one_process, small_shards, tmp_path, monkeypatch):
+    """Killed where the new one is about to be written, it leaves that of the run whose flags the next start compares."""
+    (tmp_path / "log").mkdir()
+    before = shutil.copy(one_process / "log.jsonl", tmp_path / "log/log.jsonl").read_bytes()
+    flags = [*SMALL, "--max_steps", 30, "--data", small_shards, "--out_dir", tmp_path / "log", "--resume", "--eval_tokens", 1500]
+
+    def killed(path):
+        raise RuntimeError(f"killed before {path}")
+    monkeypatch.setattr(fineweb, "replacing", killed)
+    with pytest.raises(RuntimeError, match="log.jsonl"):
+        train_gpt2.main([*map(str, flags)])
+    assert all((tmp_path / "log" / name).read_bytes() == before for name in ("log.jsonl", "log.jsonl.old"))
+
+
 def broken_copy(one_process, tmp_path, file, damage):
     out_dir = tmp_path / "log"
     shutil.copytree(one_process, out_dir, symlinks=True)
