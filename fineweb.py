@@ -530,14 +530,17 @@ def list_shards(folder, split):
     return []
 
 
-# A copy that was broken off leaves a manifest that lists more shards than there are.
+# A copy that was broken off leaves a manifest that lists more shards than there are, a build one that says so. A run on
+# a part would learn from that part alone, and could not be resumed once the rest is there.
 def check_complete(folder, paths):
-    shards = (read_manifest(folder) or {}).get("shards")
-    names = {os.path.basename(path) for path in paths}
+    manifest, names = read_manifest(folder) or {}, {os.path.basename(path) for path in paths}
+    shards, remedy = manifest.get("shards"), "the same fineweb.py command again makes the rest"
     for shard in shards if isinstance(shards, list) else []:
         if isinstance(shard, dict) and shard.get("name", "") not in names | {""}:
-            raise UserError(f"{folder}: {shard['name']} is missing, which manifest.json lists; copy it too, or delete "
-                            "manifest.json")
+            raise UserError(f"{folder}: {shard['name']} is missing, which manifest.json lists; copy it, or {remedy}")
+    if manifest.get("complete") is False:
+        raise UserError(f'{folder}: not all of its shards are made; {remedy}, or write "complete": true into its '
+                        "manifest.json, and it stays as it is")
 
 
 # The folder's manifest.json as a dict, or None if it has none.
@@ -545,7 +548,7 @@ def read_manifest(folder):
     path = os.path.join(folder, "manifest.json")
     if not os.path.exists(path):
         return None
-    remedy = "delete it and run fineweb.py again"
+    remedy = "copy it again, or delete the folder and run fineweb.py again"
     with explaining(f"{path}: not a JSON object", remedy, but=OSError), open(path, encoding="utf-8") as f:
         return {**json.load(f)}
 
@@ -1125,8 +1128,7 @@ class ShardWriter:
         path = os.path.join(self.folder, name)
         write_shard(path, tokens)
         # In parts, since a mask of all of them would take some memory.
-        parts = np.array_split(tokens, 64)
-        num_documents = sum(int(np.count_nonzero(part == self.eot)) for part in parts)
+        num_documents = sum(int(np.count_nonzero(part == self.eot)) for part in np.array_split(tokens, 64))
         self.shards.append({"name": name, "tokens": len(tokens), "documents": num_documents,
                             "sha256": sha256_of(path), "end": self.end})
         self.save_manifest()
@@ -1177,9 +1179,8 @@ def open_folder(folder, settings, description, tokenizer):
     if not manifest or not manifest["shards"]:
         if manifest is None and (list_shards(folder, "train") or list_shards(folder, "val")):
             raise UserError(f"{folder}: shards without a manifest.json, of another program; choose another --out")
-        return {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
-                "dataset": description, "settings": settings, "tokens": 0, "documents": 0, "complete": False,
-                "shards": []}
+        return {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot, "shards": [],
+                "dataset": description, "settings": settings, "tokens": 0, "documents": 0, "complete": False}
     # Older manifests do not name the tokenizer.
     old_settings = {"tokenizer": "gpt2", **manifest["settings"]}
     for name in [*settings, *old_settings]:
@@ -1194,8 +1195,7 @@ def open_folder(folder, settings, description, tokenizer):
     for i, shard in enumerate(manifest["shards"]):
         path = os.path.join(folder, shard["name"])
         # numpy's header takes 128 bytes.
-        size = 128 + 2 * shard["tokens"]
-        if not os.path.isfile(path) or os.path.getsize(path) != size:
+        if not os.path.isfile(path) or os.path.getsize(path) != 128 + 2 * shard["tokens"]:
             manifest["complete"] = False
             del manifest["shards"][i:]
             break
@@ -1278,6 +1278,10 @@ def build(config, context="spawn"):
     counts = f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens, {len(shards)} shards{remark}"
     print(re.sub(r"\b1 (document|token|shard)s", r"1 \1", counts) +
           f" in {config.out}; next: python train_gpt2.py --data {shlex.quote(config.out)}")
+    # The first shard is full before anyone knows how many follow.
+    if shards[0]["tokens"] == config.shard_size > manifest["tokens"] // 5:
+        print(f"warning: {config.shard_size:,} of these tokens only validate; --shard_size {manifest['tokens'] // 10} "
+              "and another --out leave nine tenths to train on", file=sys.stderr)
     return manifest
 
 

@@ -1146,13 +1146,10 @@ PLACES = {"out_dir", "resume", "resume_from"}  # not the run's, but this command
 FORMER_FLAGS = {"loss_chunks", "momentum_warmup_steps"}  # in older checkpoints; both follow from other flags now
 
 
-# tyro does not tell them.
-def flags_given(argv):
-    return {word[2:].split("=")[0].replace("-", "_").removeprefix("no_") for word in argv if word.startswith("--")}
-
-
 def read_flags(argv):
-    config, given = fineweb.parse_flags(TrainConfig, argv, prog="train_gpt2.py", description=__doc__), flags_given(argv)
+    config = fineweb.parse_flags(TrainConfig, argv, prog="train_gpt2.py", description=__doc__)
+    # tyro does not tell them
+    given = {word[2:].split("=")[0].replace("-", "_").removeprefix("no_") for word in argv if word.startswith("--")}
     check_ranges(config.flat())
     if config.setup.resume_from:
         config.setup.resume_from = str(hellaswag.follow(config.setup.resume_from).resolve())
@@ -1253,8 +1250,7 @@ def new_model(config):
     torch.manual_seed(config.recipe.seed)
     if setup.init_from == "scratch":
         tokenizer = data_tokenizer(setup)
-        values = vars(flags) | {"vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
-        return GPT(GPTConfig(**values)), tokenizer
+        return GPT(GPTConfig(**vars(flags), vocab_size=tokenizer.vocab_size, eot=tokenizer.eot)), tokenizer
     model, tokenizer = open_model(setup.init_from, dropout=flags.dropout, block_size=flags.block_size)
     if setup.tokenizer not in (None, tokenizer.name):
         raise UserError(f"--tokenizer {setup.tokenizer}: the model of --init_from has its own, {tokenizer.name}")
@@ -1315,8 +1311,7 @@ def largest_batch(model, sizes, world, dtype):
     copies = None
     for size in reversed(sizes):
         try:
-            num_copies = 4 if world.distributed else 3
-            copies = copies or [torch.empty_like(p) for p in model.parameters() for _ in range(num_copies)]
+            copies = copies or [torch.empty_like(p) for p in model.parameters() for _ in range(3 + world.distributed)]
             x = torch.zeros(size, model.config.block_size, dtype=torch.long, device=world.device)
             with autocast(world.device_type, dtype):
                 model(x, x).backward()
@@ -1352,9 +1347,8 @@ def model_to_train(run):
     # arrived, unless it looks for unused ones: a resumed run would add up in another order than the whole one. To look
     # costs another small all-reduce a step, so a GPU does it only where bits are promised.
     warnings.filterwarnings("ignore", "find_unused_parameters")
-    keeps_buckets = system.deterministic or world.device_type == "cpu"
-    ddp = nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True,
-                                              find_unused_parameters=keeps_buckets)
+    in_order = system.deterministic or world.device_type == "cpu"
+    ddp = nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True, find_unused_parameters=in_order)
     # Not an argument: PyTorch 2.13 warns of it, and its new name is none that 2.11 knows.
     ddp.broadcast_buffers = False  # rotary tables and masks never change
     return ddp, is_compiled
@@ -1380,8 +1374,7 @@ def print_summary(run):
         f"device  {world.size} x {world.device_type}, {str(run.dtype)[6:]}, {compiled} (--device, --dtype, --compile)",
         f"batch   {tokens:,} tokens a step = {world.size} device(s) x {run.micro_steps} micro-step(s) x "
         f"{run.batch_size} sequence(s) x {T} tokens (--total_batch_size, --batch_size)",
-        f"run     {' or '.join(lengths)}, logged and saved in {setup.out_dir}/ (--max_steps, --max_minutes, --out_dir)",
-    ]
+        f"run     {' or '.join(lengths)}, logged and saved in {setup.out_dir}/ (--max_steps, --max_minutes, --out_dir)"]
     world.print("\n".join(lines + [f"note    {note}" for note in run.notes]))
 
 # -----------------------------------------------------------------------------
@@ -1439,12 +1432,10 @@ def log_end(run):
     tokens = run.config.recipe.total_batch_size
     speed = run.timed_steps * tokens / max(run.seconds, 1e-9)
     last = run.log.vals.get(run.step, {})  # none where validation is off
-    numbers = {
-        "val_loss": last.get("loss"), "val_bpb": last.get("bpb"), "best_val_loss": run.log.best("loss"),
-        "best_val_bpb": run.log.best("bpb"), "tokens": run.step * tokens, "training_seconds": run.seconds,
-        "total_seconds": run.total_seconds(), "tokens_per_second": speed, "mfu": run.mfu(speed),
-        "peak_memory_gb": peak_memory(run.world.device_type) / 1e9, "parameters": run.model.num_parameters(),
-    }
+    numbers = {"val_loss": last.get("loss"), "val_bpb": last.get("bpb"), "best_val_loss": run.log.best("loss"),
+               "best_val_bpb": run.log.best("bpb"), "tokens": run.step * tokens, "training_seconds": run.seconds,
+               "total_seconds": run.total_seconds(), "tokens_per_second": speed, "mfu": run.mfu(speed),
+               "peak_memory_gb": peak_memory(run.world.device_type) / 1e9, "parameters": run.model.num_parameters()}
     run.log.write("done", run.step, **numbers)
     lines = [f"{name + ':':<19}" + (f"{value:.6g}" if isinstance(value, float) else str(value))
              for name, value in numbers.items() if value is not None]
@@ -1545,8 +1536,8 @@ def save_checkpoint(run):
         fsync(out_dir)
     except Exception as error:  # OSError, and what torch and safetensors make of it
         shutil.rmtree(temporary, ignore_errors=True)
-        problem = f"{folder} could not be written ({one_line(error)})"
-        run.print(f"warning: {problem}; free some space; {describe_newest_checkpoint(run)}")
+        run.print(f"warning: {folder} could not be written ({one_line(error)}); free some space; "
+                  f"{describe_newest_checkpoint(run)}")
         return False
     point_to(folder, "latest")
     delete_old_checkpoints(run)
@@ -1625,6 +1616,7 @@ def load_checkpoint(folder):
     # Its folder, state, config, model and tokenizer.
     state, config = load_state(folder)
     model = GPT.from_pretrained(folder)
+    model.config.zero_init = config.model.zero_init  # how training began is in no model's file
     tokenizer = fineweb.get_tokenizer(config.setup.tokenizer, folder)
     return SimpleNamespace(folder=folder, state=state, config=config, model=model, tokenizer=tokenizer)
 
@@ -1642,6 +1634,8 @@ def choose_checkpoint(setup, world):
                 return load_checkpoint(folder)
             except UserError as error:
                 world.print(f"not resumed from {folder.name}: {error}")
+        if folders:  # another version's, or damaged: to begin anew would write over what may still be saved of them
+            raise UserError(f"{setup.out_dir}: none of its checkpoints opens; move it, or choose another --out_dir")
     if not setup.resume_from:
         return None
     checkpoint = load_checkpoint(Path(setup.resume_from))
@@ -1655,6 +1649,7 @@ class RunLog:
     def __init__(self, run):
         self.path = Path(run.config.setup.out_dir, "log.jsonl")
         self.vals = {}  # {step: what log.jsonl holds of its validation}
+        self.problem, self.is_late = f"{self.path}: cannot be written", False  # late: lines have waited for space
         self.file = self.wandb = self.tensorboard = None
         self.opened = contextlib.ExitStack()
         if run.world.rank == 0:
@@ -1682,10 +1677,10 @@ class RunLog:
 
     def open_file(self, run, config_line):
         # Keeps of an earlier log what is still true, and adds the run's config unless it is that of the last.
-        if run.step == 0 and self.path.exists():
-            shutil.copyfile(self.path, f"{self.path}.old")  # a copy, so that at no moment there is no log
         last_config = {}
-        with fineweb.replacing(self.path) as f:
+        with explaining(self.problem, "free some space", kind=RunFailed), fineweb.replacing(self.path) as f:
+            if run.step == 0 and self.path.exists():
+                shutil.copyfile(self.path, f"{self.path}.old")  # a copy, so that at no moment there is no log
             for line in read_log(self.path) if run.step and self.path.exists() else ():
                 if is_kept(line, run):
                     f.write(json.dumps(line).encode() + b"\n")
@@ -1695,7 +1690,8 @@ class RunLog:
                         self.vals[line["step"]] = line
             if any(last_config.get(name) != config_line[name] for name in config_line.keys() - PLACES - {"step"}):
                 f.write(json.dumps(config_line).encode() + b"\n")
-        self.file = self.opened.enter_context(open(self.path, "a", buffering=1))
+        self.opened.enter_context(explaining(self.problem, "the lines since the warning are lost", kind=RunFailed))
+        self.file = self.opened.enter_context(open(self.path, "a", buffering=2**20))
 
     def write(self, kind, step, **values):
         if self.file is None:
@@ -1705,9 +1701,14 @@ class RunLog:
                 values[name] = None  # JSON has no nan
         if kind == "val":
             self.vals[step] = values
-        line = json.dumps({"kind": kind, "step": step, **values})
-        with explaining(f"{self.path}: cannot be written", "free some space, then add --resume", kind=RunFailed):
-            self.file.write(line + "\n")
+        # What a full disk did not take stays in the buffer, and goes with the next line that it takes.
+        try:
+            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            if not self.is_late:
+                tqdm.write(f"warning: {self.problem} ({one_line(error)}); free some space: training goes on")
+            self.is_late = True
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
         text = values.get("text")
         if self.wandb:
@@ -1745,10 +1746,9 @@ def check_lost_run(run, path):
 def describe_run(run):
     world, config = run.world, run.config
     chip = torch.cuda.get_device_name() if world.device_type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    chosen = {"device": world.device, "chip": chip, "world_size": world.size,
-              "dtype": str(run.dtype)[6:], "compiled": run.is_compiled, "batch_size": run.batch_size,
-              "micro_steps": run.micro_steps, "torch": torch.__version__, "numpy": np.__version__,
-              "script_sha256": fineweb.sha256_of(__file__)}
+    chosen = {"device": world.device, "chip": chip, "world_size": world.size, "dtype": str(run.dtype)[6:],
+              "compiled": run.is_compiled, "batch_size": run.batch_size, "micro_steps": run.micro_steps,
+              "torch": torch.__version__, "numpy": np.__version__, "script_sha256": fineweb.sha256_of(__file__)}
     return {"kind": "config", "step": run.step, "run_id": run.run_id, "forked_from": run.forked_from, "chosen": chosen,
             **config.flat()}
 
@@ -1768,8 +1768,7 @@ def read_log(path):
     with open(path, errors="replace") as f:
         for text in f:
             with contextlib.suppress(ValueError):
-                line = json.loads(text)
-                if is_log_line(line):
+                if is_log_line(line := json.loads(text)):
                     yield line
 
 
@@ -1957,7 +1956,8 @@ def from_hf_config(hf, path="config.json"):
     # does not have: scaled rotations, biases in places, another activation. One formula each would be a second truth.
     may_differ = ("rope_theta", "n_inner", "n_ctx", "eos_token_id", "max_window_layers", "embd_pdrop", "attn_pdrop")
     for name, value in to_hf_config(config, model_type).items():
-        if name not in may_differ and hf.get(name, value) not in (value, "gelu_pytorch_tanh"):  # gelu_new's other name
+        given = "gelu_new" if hf.get(name) == "gelu_pytorch_tanh" else hf.get(name, value)  # one formula, two names
+        if name not in may_differ and given != value:
             raise UserError(f"{path}: {name} = {hf[name]!r} is not supported (only {value!r})")
     return config
 
@@ -2139,14 +2139,15 @@ def evaluate(argv):
     model, tokenizer = open_model(flags.checkpoint)
     dtype, reason = choose_dtype("auto", model.config, world)
     folder = model_folder(flags.checkpoint)
-    is_checkpoint = (folder / "train_state.pt").exists()
-    config = load_state(folder, mmap=True)[1] if is_checkpoint else TrainConfig()
+    state, config = load_state(folder, mmap=True) if (folder / "train_state.pt").exists() else ({}, TrainConfig())
     data = find_data(flags.data or config.setup.data)
     tokens = flags.eval_tokens or config.evaluation.eval_tokens
-    corpus = open_data(data, tokenizer, model.config)[1]
+    splits = open_data(data, tokenizer, model.config)
+    if not flags.data and not "".join(split.fingerprint() for split in splits).startswith(state.get("fingerprint", "")):
+        world.print(f"note: {data} has changed since the run: these are not the tokens that it had")
     model.to(world.device)
     batch_size = max(1, 8192 // model.config.block_size)
-    loss, bpb = validate(model, corpus, tokens, batch_size, world, dtype, tokenizer.token_bytes())
+    loss, bpb = validate(model, splits[1], tokens, batch_size, world, dtype, tokenizer.token_bytes())
     world.print(f"{data}: validation loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):,.3f}, "
                 f"{bpb:.4f} bits per byte, in {reason or str(dtype)[6:]}")
     if examples := load_hellaswag(flags.hellaswag_data, world):

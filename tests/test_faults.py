@@ -1,5 +1,6 @@
 """A run that is killed, moved, starved of disk or poisoned ends as if nothing had happened, or says what did. Kills are
 triggered by what the log or the folder shows, never by the clock."""
+import contextlib
 import json
 import os
 import random
@@ -325,16 +326,18 @@ def test_resume_begins_where_there_is_nothing_and_begins_again_where_there_is_on
 
 
 def test_at_no_moment_of_a_new_beginning_is_there_no_log(one_process, small_shards, tmp_path, monkeypatch):
-    """Killed where the new one is about to be written, it leaves that of the run whose flags the next start compares."""
+    """Killed where the new one is about to take its name, it leaves that of the run whose flags the next start compares."""
     (tmp_path / "log").mkdir()
     before = shutil.copy(one_process / "log.jsonl", tmp_path / "log/log.jsonl").read_bytes()
-    flags = [*SMALL, "--max_steps", 30, "--data", small_shards, "--out_dir", tmp_path / "log", "--resume", "--eval_tokens", 1500]
+    replace = os.replace
 
-    def killed(path):
-        raise RuntimeError(f"killed before {path}")
-    monkeypatch.setattr(fineweb, "replacing", killed)
-    with pytest.raises(RuntimeError, match="log.jsonl"):
-        train_gpt2.main([*map(str, flags)])
+    def killed(source, target):
+        if str(source).endswith(".log.jsonl.tmp"):
+            raise OSError("killed")
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", killed)
+    flags = [*SMALL, "--max_steps", 30, "--data", small_shards, "--out_dir", tmp_path / "log", "--resume", "--eval_tokens", 1500]
+    assert "log.jsonl: cannot be written (killed)" in refused("train_gpt2.py", *flags, code=1)
     assert all((tmp_path / "log" / name).read_bytes() == before for name in ("log.jsonl", "log.jsonl.old"))
 
 
@@ -352,6 +355,32 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(file, size, one_p
     out, _ = run("train_gpt2.py", "--resume", "--out_dir", out_dir, "--device", "cpu")
     assert "not resumed from step_000030" in out and file in out and "at step 20" in out
     assert result(out_dir)[0] == result(one_process)[0]
+
+
+@pytest.mark.parametrize("cause", ["another version's", "all torn"])
+def test_checkpoints_that_do_not_open_are_not_written_over(cause, one_process, tmp_path):
+    """Nobody watches a job that a cluster starts again, from a wrong checkout perhaps: a run of days is in these files."""
+    shutil.copytree(one_process, tmp_path / "log", symlinks=True)
+    for path in (tmp_path / "log").glob("step_*/train_state.pt"):
+        if cause == "all torn":
+            path.write_bytes(path.read_bytes()[:1000])
+        else:
+            state = torch.load(path)
+            torch.save(state | {"config": state["config"] | {"relu2": False}}, path)
+    before = {path: path.read_bytes() for path in (tmp_path / "log").glob("*/*")}
+    out, err = run("train_gpt2.py", *SMALL, "--out_dir", tmp_path / "log", "--resume", "--device", "cpu", expect=2)
+    assert err.count("\n") == 1 and "none of its checkpoints opens; move it" in err
+    assert out.count("not resumed from step_0000") == 3 and ("relu2" in out) == (cause != "all torn")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "log").glob("*/*")}
+
+
+def test_a_run_is_resumed_by_its_own_command_as_often_as_it_ends(small_shards, tmp_path):
+    """With flags that are not in a model's file, too."""
+    flags = [*SMALL, "--zero_init", "--checkpoint_every", 2, "--data", small_shards, "--out_dir", tmp_path, "--resume"]
+    for steps in (2, 4, 6):
+        out, _ = run("train_gpt2.py", *flags, "--max_steps", steps)
+    assert "at step 4" in out
+    assert len(losses(tmp_path)) == 6 and {line["zero_init"] for line in log_lines(tmp_path, "config")} == {True}
 
 
 def test_a_disk_that_fails_to_read_is_no_damage(one_process, tmp_path, monkeypatch):
@@ -644,6 +673,39 @@ def test_a_full_disk_keeps_the_old_checkpoints_and_says_so(tiny_disk, small_shar
     kept = sorted(p.name for p in (tiny_disk / "log").glob("step_*"))
     assert kept == ["step_000002"] and not list((tiny_disk / "log").glob(".tmp_step*"))
     run("train_gpt2.py", "--resume_from", tiny_disk / "log/step_000002", "--out_dir", tmp_path / "log", "--device", "cpu")
+
+
+def test_a_full_disk_ends_no_run_and_loses_no_line_of_its_log(tiny_disk, small_shards):
+    process = spawn("train_gpt2.py", *SMALL, "--data", small_shards, "--out_dir", tiny_disk / "log", "--max_steps", 10**6,
+                    "--eval_every", 0, "--checkpoint_every", 0)
+    wait_for(lambda: log_has_step(tiny_disk / "log", 5), process)
+    with contextlib.suppress(OSError), open(tiny_disk / "filler", "wb", buffering=0) as f:
+        while True:
+            f.write(bytes(4096))
+    wait_for(lambda: "log.jsonl: cannot be written (" in process.output()[0], process)
+    in_vain = (tiny_disk / "log/log.jsonl").stat().st_size
+    time.sleep(0.2)  # some more steps, in vain as well
+    assert (tiny_disk / "log/log.jsonl").stat().st_size == in_vain
+    (tiny_disk / "filler").unlink()
+    wait_for(lambda: (tiny_disk / "log/log.jsonl").stat().st_size > in_vain, process)
+    process.terminate()
+    out, _ = process.finish()
+    assert out.count("training goes on") == 1 and "the same command with --resume goes on" in out
+    steps = [line["step"] for line in log_lines(tiny_disk / "log", "train")]
+    assert steps == list(range(1, len(steps) + 1)) and (tiny_disk / f"log/step_{steps[-1]:06d}").is_dir()
+
+
+@pytest.mark.parametrize("kind", ["resumed", "begun anew"])
+def test_a_start_on_a_full_disk_is_one_line(kind, tiny_disk, small_shards):
+    flags = ["--data", small_shards, "--out_dir", tiny_disk / "log", "--resume"]
+    run("train_gpt2.py", *SMALL, *flags, "--max_steps", 4, "--checkpoint_every", 4 if kind == "resumed" else 0)
+    before = (tiny_disk / "log/log.jsonl").read_bytes()
+    with contextlib.suppress(OSError), open(tiny_disk / "filler", "wb", buffering=0) as f:
+        while True:
+            f.write(bytes(4096))
+    line = refused("train_gpt2.py", *SMALL, *flags, "--max_steps", 6, code=1)
+    assert "log.jsonl: cannot be written ([Errno 28] No space left on device" in line and "free some space" in line
+    assert (tiny_disk / "log/log.jsonl").read_bytes() == before
 
 
 def test_the_checkpoint_just_written_is_kept_beside_a_damaged_newer_one(small_shards, tmp_path, signals):

@@ -585,6 +585,30 @@ def test_another_tokenizer_under_the_same_name(tmp_path):
     assert np.array_equal(tokens_of(tmp_path / "shards"), before)
 
 
+def test_shards_that_are_not_all_there_train_no_run(tmp_path):
+    """Their build was broken off, or their copy: the remedies do what they say."""
+    folder, flags = tmp_path / "shards", ["--preset", "tiny", *SMALL, "--data", tmp_path / "shards", "--out_dir", tmp_path / "log"]
+    command = ["--files", ROOT / "input.txt", "--tokenizer", "byte", "--shard_size", 200_000, "--workers", 1, "--out", folder]
+    run("fineweb.py", *command)
+    whole = tokens_of(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "edufineweb_train_000003.npy").unlink()
+    said = train_refused("train_gpt2.py", *flags)
+    assert "edufineweb_train_000003.npy is missing, which manifest.json lists; copy it, or the same fineweb.py" in said
+    for name in ("edufineweb_train_000004.npy", "edufineweb_train_000005.npy"):
+        (folder / name).unlink()
+    half = manifest | {"complete": False, "shards": manifest["shards"][:3]}
+    (folder / "manifest.json").write_text(json.dumps(half))
+    said = train_refused("train_gpt2.py", *flags)
+    assert "not all of its shards are made; the same fineweb.py command" in said and '"complete": true' in said
+    (folder / "manifest.json").write_text(json.dumps(half | {"complete": True}))
+    out, _ = run("train_gpt2.py", *flags)
+    assert "399,936 tokens to train on" in out  # 2 x 6,249 windows of 32
+    (folder / "manifest.json").write_text(json.dumps(half))
+    run("fineweb.py", *command)
+    assert np.array_equal(tokens_of(folder), whole)
+
+
 def test_shards_with_their_tokenizer_but_no_manifest(tmp_path):
     """Their copy's name goes into checkpoints, not GPT-2's."""
     save_llama2_tokenizer(tmp_path / "tok", ["to", "be", "or", "not"])

@@ -425,6 +425,16 @@ def test_shards(tmp_path):
     assert fineweb.list_shards(tmp_path / "nothing", "val") == [] and fineweb.read_manifest(tmp_path) is None
 
 
+def test_a_text_of_little_more_than_one_shard_says_how_much_of_it_validates(tmp_path, capsys):
+    """The first shard is all for validation: the warning's own number gives a tenth."""
+    build(tmp_path / "big", ROOT / "input.txt", tokenizer="byte", shard_size=1_000_000)
+    said = capsys.readouterr().err
+    size = int(re.search(r"warning: 1,000,000 of these tokens only validate; --shard_size (\d+) and another --out", said)[1])
+    manifest = build(tmp_path / "small", ROOT / "input.txt", tokenizer="byte", shard_size=size)
+    assert "warning" not in capsys.readouterr().err
+    assert 0.09 < manifest["shards"][0]["tokens"] / manifest["tokens"] < 0.11
+
+
 @pytest.mark.parametrize("spoil", ["missing", "empty", "cut", "text", "int32", "2-D"])
 def test_bad_shards_are_named(tmp_path, spoil):
     path = str(tmp_path / "edufineweb_train_000001.npy")

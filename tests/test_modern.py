@@ -304,6 +304,7 @@ def test_samples_keep_the_space_after_the_prompt(tmp_path):
 @pytest.mark.parametrize("make,says", [
     (lambda: LlamaForCausalLM(LlamaConfig(**COMMON, attention_bias=True)), "attention_bias"),
     (lambda: LlamaForCausalLM(LlamaConfig(**COMMON, hidden_act="gelu")), "hidden_act"),
+    (lambda: LlamaForCausalLM(LlamaConfig(**COMMON, hidden_act="gelu_pytorch_tanh")), "hidden_act"),  # GPT-2's may be
     (lambda: LlamaForCausalLM(LlamaConfig(**COMMON, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})), "rope"),
     (lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=8, use_sliding_window=True, sliding_window=6, max_window_layers=1)), "layer_types"),
 ])

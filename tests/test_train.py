@@ -20,6 +20,7 @@ import fineweb
 import hellaswag
 import train_gpt2
 from conftest import ROOT, SMALL, call_main, is_untouched, log_lines, losses, refused, run
+from test_hellaswag import make_examples
 from train_gpt2 import GPT, GPTConfig, RecipeFlags, ScheduleFlags
 
 
@@ -65,6 +66,17 @@ def test_tiny_learns_and_everything_around_it_works(tmp_path):
     assert "--eval_tokens 0" in refused("train_gpt2.py", "eval", "--checkpoint", tmp_path / "log/latest", "--eval_tokens", 0)
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "train_state.pt"):
         assert (tmp_path / "log/latest" / name).exists()
+
+
+def test_eval_says_where_it_has_not_the_tokens_of_the_run(text_file, tmp_path):
+    data = shutil.copy(text_file, tmp_path / "text.txt")
+    run("train_gpt2.py", *SMALL, "--preset", "tiny", "--data", data, "--out_dir", tmp_path / "log", "--checkpoint_every", 6)
+    flags = ["eval", "--checkpoint", tmp_path / "log", "--hellaswag_data", tmp_path / "h.jsonl"]
+    (tmp_path / "h.jsonl").write_text("".join(json.dumps(example) + "\n" for example in make_examples(2)))
+    assert "note" not in run("train_gpt2.py", *flags)[0]
+    data.write_text(data.read_text() + "a new end")
+    assert f"note: {data} has changed since the run" in run("train_gpt2.py", *flags)[0]
+    assert "note" not in run("train_gpt2.py", *flags, "--data", data)[0]
 
 
 def test_gpt2_preset_trains_its_real_parameters(tmp_path):
