@@ -13,6 +13,7 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -96,9 +97,12 @@ def refused(script, *args, code=2, **how):
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Below the range from which systems give ports away: nobody takes it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def run_rank(script, args, env, files):
@@ -141,17 +145,35 @@ def run_ranks(size, script, *args, expect=0, env=None, timeout=600):
     return said, complained
 
 
-class spawn(subprocess.Popen):
-    """A script in a process of its own, as a user starts it. `torchrun`: a number of processes, or torchrun's flags."""
+# Runs train_gpt2.py with steps of so many seconds at least: they outlast a test that has to act before the last one.
+SLOW_STEPS = """
+import sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import fineweb, train_gpt2
+seconds, train_step = float(sys.argv.pop(1)), train_gpt2.Run.train_step
+train_gpt2.Run.train_step = lambda run: (time.sleep(seconds), train_step(run))[1]
+fineweb.run_cli(train_gpt2.main)
+"""
 
-    def __init__(self, script, *args, torchrun=(), env=None, cwd=None):
+
+class spawn(subprocess.Popen):
+    """A script in a process of its own, as a user starts it. `torchrun`: a number of processes, or torchrun's flags.
+    `step_seconds`: of train_gpt2.py, at least. It ends with its test."""
+    running = []
+
+    def __init__(self, script, *args, torchrun=(), env=None, cwd=None, step_seconds=0):
         if isinstance(torchrun, int):
             torchrun = ["--standalone", "--nproc_per_node", torchrun]
-        launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+        command = [str(ROOT / script)]
+        if step_seconds:
+            command = ["-c", SLOW_STEPS, str(ROOT), str(step_seconds)]
+        if torchrun:
+            python = ["--no_python", sys.executable] if step_seconds else []
+            command = ["-m", "torch.distributed.run", *map(str, torchrun), *python, *command]
         self.files = [tempfile.NamedTemporaryFile("r") for _ in range(2)]
-        super().__init__([sys.executable, *map(str, launcher), str(ROOT / script), *map(str, args)],
-                         stdout=open(self.files[0].name, "w"), stderr=open(self.files[1].name, "w"),
-                         env={**os.environ, **(env or {})}, cwd=cwd)
+        super().__init__([sys.executable, *command, *map(str, args)], env={**os.environ, **(env or {})}, cwd=cwd,
+                         stdout=open(self.files[0].name, "w"), stderr=open(self.files[1].name, "w"))
+        self.running.append(self)
 
     def output(self):
         """What it wrote so far, as (stdout, stderr)."""
@@ -166,6 +188,20 @@ class spawn(subprocess.Popen):
             raise AssertionError("did not end\n" + "\n".join(self.output())) from None
         assert expect is None or self.returncode == expect, f"exit code {self.returncode}\n" + "\n".join(self.output())
         return self.output()
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    """One that a failed test left would take a core from all others."""
+    yield
+    for process in spawn.running:
+        if process.poll() is None:
+            process.terminate()  # torchrun ends its workers
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            process.kill()
+            process.wait()
+    spawn.running.clear()
 
 
 def wait_for(condition, process, seconds=600):
@@ -187,7 +223,8 @@ def shell(code, cwd=None):
 
 
 def log_lines(out_dir, kind):
-    lines = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
+    text = (Path(out_dir) / "log.jsonl").read_text()
+    lines = [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]  # another may be half written
     return [line for line in lines if line["kind"] == kind]
 
 

@@ -37,9 +37,9 @@ def seconds_of_steps(threads, out_dir):
             os.sched_setaffinity(int(thread), {min(os.sched_getaffinity(0))})
         begun = steps()
         wait_for(lambda: steps() > begun, process)  # the rest of the step at hand
-        before = used()
-        wait_for(lambda: steps() > begun + 3, process)
-        return used() - before
+        first, before = steps(), used()
+        wait_for(lambda: steps() >= first + 3, process)
+        return (used() - before) / (steps() - first)
     finally:
         process.kill()
         process.wait()

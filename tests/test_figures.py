@@ -152,7 +152,7 @@ def test_ranks_agree_on_the_time(small_shards, tmp_path, monkeypatch):
             print(step, time_share, known(step, schedule, time_share), file=f)
         return known(step, schedule, time_share)
     monkeypatch.setattr(train_gpt2, "learning_rate", learning_rate)
-    run_ranks(2, "train_gpt2.py", *SMALL, "--max_steps", 10**6, "--max_minutes", 0.01, "--batch_size", 4,
+    run_ranks(2, "train_gpt2.py", *SMALL, "--max_steps", 10**6, "--max_minutes", 0.05, "--batch_size", 4,
               "--data", small_shards, "--out_dir", tmp_path / "log")
     rates = [(tmp_path / f"rates{rank}").read_text() for rank in range(2)]
     assert rates[0] == rates[1] and rates[0].count("\n") == log_lines(tmp_path / "log", "done")[0]["step"] > 3

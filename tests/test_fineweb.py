@@ -907,10 +907,11 @@ def state_of(pid):
     return "Z"
 
 
-def test_a_worker_killed_at_any_moment_ends_the_build(tmp_path):
+def test_a_worker_killed_at_any_moment_ends_the_build(tmp_path, monkeypatch):
     """Also while it writes a result that is longer than a pipe holds, which the parent can then never read to its end:
     at first where the parent is stopped until the worker cannot write any more, then at moments all over the work."""
     (tmp_path / "book.txt").write_text("\n".join(make_documents(12000, seed=8)))
+    monkeypatch.setattr(fineweb, "CHARS_PER_PIECE", 1 << 19)  # 400 KB of tokens: Linux's pipes hold 213
     told = 0
     for number, moment in enumerate(["its pipe is full"] * 2 + [0.03 * i for i in range(8)]):
         said = tmp_path / f"said{number}"

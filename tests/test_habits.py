@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 
 import fineweb
 import train_gpt2
-from conftest import ROOT, SMALL, log_lines, losses, refused, run, save_llama2_tokenizer, spawn
+from conftest import ROOT, SMALL, log_lines, losses, refused, run, save_llama2_tokenizer, spawn, wait_for
 from train_gpt2 import GPT, sample_token
 
 WORDS = ["to", "be", "or", "not", "that", "is", "the", "question", "a", "king", "and", "of"]
@@ -213,8 +213,7 @@ def test_ctrl_c_while_a_text_is_read(tmp_path):
     process = spawn("train_gpt2.py", "--data", tmp_path / "big.txt", "--tokenizer", "gpt2", "--preset", "tiny",
                     "--out_dir", tmp_path / "log")
     handlers = Path(f"/proc/{process.pid}/maps")
-    while "_tiktoken" not in handlers.read_text():  # then it reads or tokenizes
-        time.sleep(0.05)
+    wait_for(lambda: "_tiktoken" in handlers.read_text(), process)  # then it reads or tokenizes
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     before = sum(os.times()[2:4])  # CPU time of the children that have ended
