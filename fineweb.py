@@ -443,6 +443,9 @@ def replacing(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or path  # a full disk's names none
+        raise
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -537,7 +540,7 @@ def check_complete(folder, paths):
     shards, remedy = manifest.get("shards"), "the same fineweb.py command again makes the rest"
     for shard in shards if isinstance(shards, list) else []:
         if isinstance(shard, dict) and shard.get("name", "") not in names | {""}:
-            raise UserError(f"{folder}: {shard['name']} is missing, which manifest.json lists; copy it, or {remedy}")
+            raise UserError(f"{folder}: {shard['name']} is missing: copy it or strike it in manifest.json; {remedy}")
     if manifest.get("complete") is False:
         raise UserError(f'{folder}: not all of its shards are made; {remedy}, or write "complete": true into its '
                         "manifest.json, and it stays as it is")
@@ -548,7 +551,7 @@ def read_manifest(folder):
     path = os.path.join(folder, "manifest.json")
     if not os.path.exists(path):
         return None
-    remedy = "copy it again, or delete the folder and run fineweb.py again"
+    remedy = "copy it again, or, if fineweb.py did not make these shards, move it away"
     with explaining(f"{path}: not a JSON object", remedy, but=OSError), open(path, encoding="utf-8") as f:
         return {**json.load(f)}
 
@@ -1318,10 +1321,7 @@ def main(argv):
     for name in ("dataset", "name", "split", "streaming"):
         if config.files and getattr(config, name) != getattr(Config(), name):
             raise UserError(f"--files reads local files, --{name} belongs to a data set: give one or the other")
-    if config.verify:
-        verify(config.verify)
-    else:
-        build(config)
+    return verify(config.verify) if config.verify else build(config)
 
 
 if __name__ == "__main__":

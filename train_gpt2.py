@@ -372,8 +372,7 @@ class HeadNorm(nn.RMSNorm):
 class Attention(nn.Module):
     def __init__(self, config, attention):
         super().__init__()
-        self.head_dim, self.dropout = config.head_dim, config.dropout
-        self.attention = attention
+        self.head_dim, self.dropout, self.attention = config.head_dim, config.dropout, attention
         self.widths = [n * self.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]  # of q, k and v
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
         self.c_proj = nn.Linear(self.widths[0], config.n_embd, bias=config.bias)
@@ -701,8 +700,7 @@ def permutation(n, *key):
 class Corpus:
     """A split's tokens in windows of block_size. `shards`: paths, or arrays. Raises UserError naming a damaged one."""
     def __init__(self, shards, block_size, vocab_size, name):
-        self.shards, self.name = shards, name
-        self.block_size, self.vocab_size = block_size, vocab_size
+        self.shards, self.name, self.block_size, self.vocab_size = shards, name, block_size, vocab_size
         self.windows_per_shard = np.array([max(0, (len(self.read(shard)) - 1) // block_size) for shard in shards])
         self.num_windows = int(self.windows_per_shard.sum())
         if self.num_windows == 0:
@@ -910,8 +908,7 @@ class Run:
         self.config.model = model.config
         self.dtype, reason = choose_dtype(system.dtype, model.config, world, state["dtype"])
         self.notes += [reason] if reason else []
-        self.stopped = False  # by a signal to any rank
-        self.is_warm = False  # after the first step of this process
+        self.stopped = self.is_warm = False  # by a signal to any rank; after the first step of this process
         self.token_bytes = tokenizer.token_bytes()
         if model.config.window:  # cuDNN's masked backward pass has given NaNs on Hopper (pytorch issue 196678)
             torch.backends.cuda.enable_cudnn_sdp(False)
@@ -1094,6 +1091,8 @@ def training_loop(run):
         script, out_dir = shlex.quote(os.path.relpath(HERE / "train_gpt2.py")), shlex.quote(run.config.setup.out_dir)
         run.world.print(f"done at step {run.step:,}; sample from the model with:\n"
                         f"  python {script} sample --checkpoint {out_dir}/latest --prompt {prompt}")
+    if run.log.waiting:
+        raise RunFailed(f"{run.log.path}: its last lines could not be written, {run.log.waiting.count(10)} of them")
 
 
 # Python's collector runs here alone: within a step of one rank it would keep all waiting. What is there after the first
@@ -1355,11 +1354,10 @@ def model_to_train(run):
 
 
 def print_summary(run):
-    setup, world, T = run.config.setup, run.world, run.model.config.block_size
-    steps, tokens = run.config.schedule.max_steps, run.config.recipe.total_batch_size
+    config, setup, world, T = run.config, run.config.setup, run.world, run.model.config.block_size
+    steps, minutes, tokens = config.schedule.max_steps, config.schedule.max_minutes, config.recipe.total_batch_size
     train, val = run.train_data.num_windows * T, run.val_data.num_windows * T  # tokens
     compiled = "compiled" if run.is_compiled else "not compiled"
-    minutes = run.config.schedule.max_minutes
     lengths = [f"{minutes:g} minutes of training"] if minutes else []
     lengths += [f"{steps:,} steps, {steps * tokens / train:.2f} times through the data"] if steps < NO_LIMIT else []
     name = setup.preset if setup.init_from == "scratch" else f"{setup.init_from}, fine-tuned, recipe {setup.preset}"
@@ -1633,9 +1631,10 @@ def choose_checkpoint(setup, world):
             try:
                 return load_checkpoint(folder)
             except UserError as error:
-                world.print(f"not resumed from {folder.name}: {error}")
+                problem = f"{folder.name}: {error}"
+                world.print(f"not resumed from {problem}")
         if folders:  # another version's, or damaged: to begin anew would write over what may still be saved of them
-            raise UserError(f"{setup.out_dir}: none of its checkpoints opens; move it, or choose another --out_dir")
+            raise UserError(f"none of the checkpoints opens, {problem}; put that right, or choose another --out_dir")
     if not setup.resume_from:
         return None
     checkpoint = load_checkpoint(Path(setup.resume_from))
@@ -1649,7 +1648,7 @@ class RunLog:
     def __init__(self, run):
         self.path = Path(run.config.setup.out_dir, "log.jsonl")
         self.vals = {}  # {step: what log.jsonl holds of its validation}
-        self.problem, self.is_late = f"{self.path}: cannot be written", False  # late: lines have waited for space
+        self.print, self.waiting = run.world.print, bytearray()  # waiting: lines that a full disk did not take
         self.file = self.wandb = self.tensorboard = None
         self.opened = contextlib.ExitStack()
         if run.world.rank == 0:
@@ -1672,15 +1671,17 @@ class RunLog:
             self.wandb.define_metric("*", step_metric="step")  # not by its own count of calls
         if run.config.system.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
+            self.opened.enter_context(contextlib.suppress(OSError))
             self.tensorboard = self.opened.enter_context(SummaryWriter(out_dir, purge_step=run.step + 1))
             self.tensorboard.add_text("config", f"```\n{json.dumps(config_line, indent=2)}\n```", run.step)
 
     def open_file(self, run, config_line):
         # Keeps of an earlier log what is still true, and adds the run's config unless it is that of the last.
         last_config = {}
-        with explaining(self.problem, "free some space", kind=RunFailed), fineweb.replacing(self.path) as f:
-            if run.step == 0 and self.path.exists():
-                shutil.copyfile(self.path, f"{self.path}.old")  # a copy, so that at no moment there is no log
+        if run.step == 0 and self.path.exists():
+            with fineweb.replacing(f"{self.path}.old") as f:  # a copy, so that at no moment there is no log
+                f.write(self.path.read_bytes())
+        with fineweb.replacing(self.path) as f:
             for line in read_log(self.path) if run.step and self.path.exists() else ():
                 if is_kept(line, run):
                     f.write(json.dumps(line).encode() + b"\n")
@@ -1690,8 +1691,7 @@ class RunLog:
                         self.vals[line["step"]] = line
             if any(last_config.get(name) != config_line[name] for name in config_line.keys() - PLACES - {"step"}):
                 f.write(json.dumps(config_line).encode() + b"\n")
-        self.opened.enter_context(explaining(self.problem, "the lines since the warning are lost", kind=RunFailed))
-        self.file = self.opened.enter_context(open(self.path, "a", buffering=2**20))
+        self.file = self.opened.enter_context(open(self.path, "ab", buffering=0))
 
     def write(self, kind, step, **values):
         if self.file is None:
@@ -1701,23 +1701,22 @@ class RunLog:
                 values[name] = None  # JSON has no nan
         if kind == "val":
             self.vals[step] = values
-        # What a full disk did not take stays in the buffer, and goes with the next line that it takes.
+        self.waiting += json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n"
         try:
-            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-            self.file.flush()
+            while self.waiting:
+                del self.waiting[:self.file.write(self.waiting)]
         except OSError as error:
-            if not self.is_late:
-                tqdm.write(f"warning: {self.problem} ({one_line(error)}); free some space: training goes on")
-            self.is_late = True
+            if self.waiting.count(10) == 1:  # newline: the first
+                self.print(f"warning: {self.path}: lines wait ({one_line(error)}); free some space: training goes on")
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
         text = values.get("text")
         if self.wandb:
             shown = {kind: self.wandb.Html(f"<pre>{html.escape(text)}</pre>")} if text else numbers
             self.wandb.log({"step": step, **shown})
-        if self.tensorboard:
-            for name, value in numbers.items():
+        with contextlib.suppress(OSError):  # of the full disk, which the log has told
+            for name, value in numbers.items() if self.tensorboard else ():
                 self.tensorboard.add_scalar(name, value, step)
-            if text:
+            if self.tensorboard and text:
                 self.tensorboard.add_text(kind, f"```\n{text}\n```", step)
 
     def best(self, name):

@@ -594,7 +594,7 @@ def test_shards_that_are_not_all_there_train_no_run(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "edufineweb_train_000003.npy").unlink()
     said = train_refused("train_gpt2.py", *flags)
-    assert "edufineweb_train_000003.npy is missing, which manifest.json lists; copy it, or the same fineweb.py" in said
+    assert "edufineweb_train_000003.npy is missing: copy it or strike it in manifest.json; the same fineweb.py" in said
     for name in ("edufineweb_train_000004.npy", "edufineweb_train_000005.npy"):
         (folder / name).unlink()
     half = manifest | {"complete": False, "shards": manifest["shards"][:3]}
