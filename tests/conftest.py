@@ -35,6 +35,8 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
                   TORCHINDUCTOR_VEC_ISA_OK="1",  # no trial compilations of what /proc/cpuinfo says: ten seconds
                   TORCHINDUCTOR_COMPILE_THREADS="1")  # no pool, whose processes import torch: ten seconds too
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: the scripts would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop("PYTHONUNBUFFERED", None)  # as users have it: what is not flushed is not seen
 
 import torch  # noqa: E402  after the thread count is set
