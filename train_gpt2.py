@@ -1091,8 +1091,8 @@ def training_loop(run):
         script, out_dir = shlex.quote(os.path.relpath(HERE / "train_gpt2.py")), shlex.quote(run.config.setup.out_dir)
         run.world.print(f"done at step {run.step:,}; sample from the model with:\n"
                         f"  python {script} sample --checkpoint {out_dir}/latest --prompt {prompt}")
-    if run.log.waiting:
-        raise RunFailed(f"{run.log.path}: its last lines could not be written, {run.log.waiting.count(10)} of them")
+    if waiting := run.log.waiting.count(b"\n"):
+        raise RunFailed(f"{run.log.path}: its last lines could not be written, {waiting} of them")
 
 
 # Python's collector runs here alone: within a step of one rank it would keep all waiting. What is there after the first
@@ -1706,7 +1706,7 @@ class RunLog:
             while self.waiting:
                 del self.waiting[:self.file.write(self.waiting)]
         except OSError as error:
-            if self.waiting.count(10) == 1:  # newline: the first
+            if self.waiting.count(b"\n") == 1:  # the first
                 self.print(f"warning: {self.path}: lines wait ({one_line(error)}); free some space: training goes on")
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
         text = values.get("text")

@@ -21,7 +21,7 @@ import torch
 import benchmark
 import train_gpt2
 from benchmarks import gpu, quick, shared, sizes, speed
-from conftest import ROOT, run
+from conftest import ROOT, SLOW_STEPS, run
 
 TINY = argparse.Namespace(**gpu.TINY, device="cpu", bf16_stream=True, batch_size=2)
 
@@ -295,11 +295,7 @@ def test_full_size_ends_trials_early_and_goes_on_where_it_was_cut_off(monkeypatc
         def __init__(self, command, **how):
             started.append(command)
             if "--lr" in command:  # its steps take a second, as in a model of some size
-                slow = "import time, train_gpt2; step = train_gpt2.Run.train_step\n" \
-                       "def slow(run): time.sleep(1.0); return step(run)\n" \
-                       "train_gpt2.Run.train_step = slow; train_gpt2.main(__import__('sys').argv[1:])"
-                command = [command[0], "-c", slow, *command[2:]]
-                how["cwd"] = ROOT
+                command = [command[0], "-c", SLOW_STEPS, str(ROOT), "1.0", *command[2:]]
             super().__init__(command, **how)
 
         def terminate(self):

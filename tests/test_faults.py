@@ -684,6 +684,12 @@ def test_a_full_disk_keeps_the_old_checkpoints_and_says_so(tiny_disk, small_shar
     run("train_gpt2.py", "--resume_from", tiny_disk / "log/step_000002", "--out_dir", tmp_path / "log", "--device", "cpu")
 
 
+def fill(disk):
+    with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as f:
+        while True:
+            f.write(bytes(4096))
+
+
 @pytest.mark.parametrize("tracker", ["none", "tensorboard"])
 def test_a_full_disk_ends_no_run_and_loses_no_line_of_its_log(tracker, tiny_disk, small_shards):
     flags = []
@@ -693,9 +699,7 @@ def test_a_full_disk_ends_no_run_and_loses_no_line_of_its_log(tracker, tiny_disk
     process = spawn("train_gpt2.py", *SMALL, "--data", small_shards, "--out_dir", tiny_disk / "log", "--max_steps", 10**6,
                     "--eval_every", 0, "--checkpoint_every", 0, *flags)
     wait_for(lambda: log_has_step(tiny_disk / "log", 5), process)
-    with contextlib.suppress(OSError), open(tiny_disk / "filler", "wb", buffering=0) as f:
-        while True:
-            f.write(bytes(4096))
+    fill(tiny_disk)
     wait_for(lambda: "log.jsonl: lines wait (" in process.output()[0], process)
     in_vain = (tiny_disk / "log/log.jsonl").stat().st_size
     time.sleep(0.5)  # some more steps, in vain as well
@@ -716,10 +720,7 @@ def test_lines_that_found_no_space_to_the_end_are_told(tiny_disk, small_shards, 
 
     def full(run):
         if run.step == 3:
-            (tiny_disk / "filler").write_bytes(bytes(2**21))
-            with contextlib.suppress(OSError), open(tiny_disk / "filler", "ab", buffering=0) as f:
-                while f.write(bytes(100)):
-                    pass
+            fill(tiny_disk)
         return train_step(run)
     monkeypatch.setattr(train_gpt2.Run, "train_step", full)
     out, err = run("train_gpt2.py", *SMALL, "--data", small_shards, "--out_dir", tiny_disk / "log", "--max_steps", 200, expect=1)
@@ -734,9 +735,7 @@ def test_a_start_on_a_full_disk_is_one_line(kind, tiny_disk, small_shards):
     flags = ["--data", small_shards, "--out_dir", tiny_disk / "log", "--resume"]
     run("train_gpt2.py", *SMALL, *flags, "--max_steps", 4, "--checkpoint_every", 4 if kind == "resumed" else 0)
     before = (tiny_disk / "log/log.jsonl").read_bytes()
-    with contextlib.suppress(OSError), open(tiny_disk / "filler", "wb", buffering=0) as f:
-        while True:
-            f.write(bytes(4096))
+    fill(tiny_disk)
     line = refused("train_gpt2.py", *SMALL, *flags, "--max_steps", 6)
     assert line == f"error: {tiny_disk / 'log/log.jsonl'}{'.old' if kind == 'begun anew' else ''}: No space left on device"
     assert (tiny_disk / "log/log.jsonl").read_bytes() == before
